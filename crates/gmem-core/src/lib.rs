@@ -9,5 +9,6 @@
 extern crate alloc;
 
 pub mod addr;
+pub mod page_set;
 pub mod runs;
 pub mod vendor;

@@ -1,0 +1,274 @@
+//! A set of page numbers that readers query without a lock: the private attribute of guest frames, the pages that a
+//! file has, has prepared or shares.
+//!
+//! # Shape
+//!
+//! A radix tree with 64 children per node over bitmap words. A child whose pages are all alike is two bits in its
+//! parent and needs no memory; so the size of the set costs nothing, and a range operation costs what its two edges
+//! cost, whether the range is 4 KiB or 1 TiB. Blocks of the page table sizes are easy to ask about:
+//!
+//! | part | pages | bytes of memory covered | own size |
+//! |---|---|---|---|
+//! | word | 64 | 256 KiB | 8 |
+//! | leaf: 64 words | 2^12 | 16 MiB, that is 8 blocks of 2 MiB with 8 words each | 520 |
+//! | branch: 64 leaves | 2^18 | 1 GiB | 528 |
+//! | branches of branches | 2^24, 2^30, 2^36, ... | 64 GiB, 4 TiB, 256 TiB, ... | 528 |
+//!
+//! The depth follows from the capacity. Up to 64 pages the set is one word and never allocates. A larger set allocates
+//! when a page first differs from the initial value, one leaf for each 16 MiB that become mixed and the branches
+//! above it, at worst about 1/30,000 of the memory described (34 MiB for 1 TiB).
+//!
+//! # Memory that is kept
+//!
+//! A node that becomes uniform again is found uniform at once, but stays allocated until the set is dropped: a reader
+//! may be inside, and a guest that converts a page back and forth should not allocate each time. A clone has no such
+//! spare nodes. [`PageSet::heap_bytes`] counts them.
+//!
+//! # Readers and the writer
+//!
+//! Any number of threads may read while one changes the set. Changes must be serialised by the caller, as the kernel
+//! serialises them with `slots_lock` (attributes) and the inode's `invalidate_lock` (files). Concurrent changes would
+//! lose updates and could leave a mixed block tagged uniform; they could not break memory safety, which rests on safe
+//! code alone.
+//!
+//! **Every page that a read sees has a value that was true at some moment during the call.** A range operation changes
+//! each page once, not all pages at one moment, and never passes through a third state: pages outside of the range
+//! keep their value all the time. The truth at a moment is what a descent would find if nothing moved meanwhile. The
+//! argument, for a reader that descends from the root:
+//!
+//! 1. A node's tag for a child (uniform with a value, or mixed) is read by one load, and so is a page in a word. While
+//!    the node is attached, that is reachable by mixed tags only, what this load sees is true at that moment.
+//! 2. A node that the reader is in may be detached by the writer: an ancestor's tag becomes uniform. Until it is
+//!    attached again it keeps the contents that it had at that moment, which lies after the reader passed the tag and
+//!    thus during the call. So what the reader sees there was true then.
+//! 3. Before a detached node is attached again it is reset to the value that the tag above it says. A reader that is
+//!    still inside sees the old contents (2), or the reset ones, which are what the tag says and hence true. Only then
+//!    does the tag become mixed.
+//! 4. A child becomes uniform by single pages only after the last page has changed, so its tag then tells no more than
+//!    what is true already. A range that covers a child whole needs only the tag: that store is the moment of change.
+//!
+//! In terms of the memory model: every store of a tag or word is a Release and every load by a reader an Acquire, so
+//! that having seen one change implies seeing all that the writer did before it (in 3: the reset before the mixed
+//! tag; for the caller: nothing that was ordered before a change can be missed after having seen it). The pointers to
+//! children are published likewise by `OnceBox`. Loads by the writer itself may be relaxed. On x86 all of them are
+//! plain moves.
+//!
+//! A query about several pages ([`PageSet::uniform`], [`PageSet::runs`], [`PageSet::count`]) is not a snapshot: the
+//! pages may have had the reported values at different moments of the call. Whoever needs a snapshot excludes the
+//! writer or, as the fault path does, checks a sequence count afterwards.
+
+mod node;
+#[cfg(test)]
+mod tests;
+
+use core::fmt;
+use node::{Branch, Leaf, Span, Tree, Values, Word};
+
+/// The largest capacity: all pages of a byte address space of 64 bits.
+pub const MAX_PAGES: u64 = 1 << 52;
+
+type Branch1 = Branch<Leaf>;
+type Branch2 = Branch<Branch1>;
+type Branch3 = Branch<Branch2>;
+type Branch4 = Branch<Branch3>;
+type Branch5 = Branch<Branch4>;
+type Branch6 = Branch<Branch5>;
+type Branch7 = Branch<Branch6>;
+
+/// The depth is part of the type, so that a descent is straight code without a loop.
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Root {
+    Word(Word),
+    Leaf(Tree<Leaf>),
+    Branch1(Tree<Branch1>),
+    Branch2(Tree<Branch2>),
+    Branch3(Tree<Branch3>),
+    Branch4(Tree<Branch4>),
+    Branch5(Tree<Branch5>),
+    Branch6(Tree<Branch6>),
+    Branch7(Tree<Branch7>),
+}
+
+/// Evaluates the same expression for whatever depth the root has.
+macro_rules! at_root {
+    ($root:expr, $tree:ident => $body:expr) => {
+        match $root {
+            Root::Word($tree) => $body,
+            Root::Leaf($tree) => $body,
+            Root::Branch1($tree) => $body,
+            Root::Branch2($tree) => $body,
+            Root::Branch3($tree) => $body,
+            Root::Branch4($tree) => $body,
+            Root::Branch5($tree) => $body,
+            Root::Branch6($tree) => $body,
+            Root::Branch7($tree) => $body,
+        }
+    };
+}
+
+impl Root {
+    fn new(pages: u64, initial: bool) -> Self {
+        match pages.next_power_of_two().trailing_zeros() {
+            0..=6 => Self::Word(Word::uniform(initial)),
+            7..=12 => Self::Leaf(Tree::uniform(initial)),
+            13..=18 => Self::Branch1(Tree::uniform(initial)),
+            19..=24 => Self::Branch2(Tree::uniform(initial)),
+            25..=30 => Self::Branch3(Tree::uniform(initial)),
+            31..=36 => Self::Branch4(Tree::uniform(initial)),
+            37..=42 => Self::Branch5(Tree::uniform(initial)),
+            43..=48 => Self::Branch6(Tree::uniform(initial)),
+            _ => Self::Branch7(Tree::uniform(initial)),
+        }
+    }
+}
+
+/// A set of pages, keyed by raw page number, each either in the set (`true`) or not (`false`).
+///
+/// All methods take `&self`; see the [module](self) for what may run concurrently. Ranges are a first page and a
+/// number of pages, and are cut at page `u64::MAX`, which no range holds.
+///
+/// Pages at and beyond the capacity have the initial value for ever: changing them does nothing.
+///
+/// Two sets are equal, and have equal hashes, if they have the same capacity, the same initial value and the same
+/// pages, whatever led there. Comparing, hashing and cloning cost what is mixed. Done while a writer is at work they
+/// are as good as any other query about several pages; the clone is a proper set in any case.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct PageSet {
+    pages: u64,
+    initial: bool,
+    root: Root,
+}
+
+impl PageSet {
+    /// A set of pages below `pages`, which all have the value `initial`. Allocates nothing.
+    ///
+    /// A capacity beyond [`MAX_PAGES`] means [`MAX_PAGES`].
+    #[must_use]
+    pub fn with_capacity(pages: u64, initial: bool) -> Self {
+        let pages = pages.min(MAX_PAGES);
+        Self { pages, initial, root: Root::new(pages, initial) }
+    }
+
+    /// Number of pages that can be changed, those from 0.
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        self.pages
+    }
+
+    /// Whether `page` is in the set.
+    #[must_use]
+    #[inline]
+    pub fn get(&self, page: u64) -> bool {
+        if page >= self.pages {
+            return self.initial;
+        }
+        at_root!(&self.root, tree => tree.get(page))
+    }
+
+    /// Puts `len` pages from `start` into the set (`value` true) or takes them out of it.
+    ///
+    /// Calls must not overlap in time with one another. A call allocates when a block becomes mixed for the first time.
+    pub fn set(&self, start: u64, len: u64, value: bool) {
+        if let Some(span) = self.inside(start, len) {
+            at_root!(&self.root, tree => tree.set(span, value));
+        }
+    }
+
+    /// The value that all of `len` pages from `start` have; `None` if they differ or `len` is 0.
+    ///
+    /// Costs two descents at most, whatever the length.
+    #[must_use]
+    pub fn uniform(&self, start: u64, len: u64) -> Option<bool> {
+        self.values(start, len).uniform()
+    }
+
+    /// Whether all of `len` pages from `start` have `value`, as no pages do.
+    #[must_use]
+    pub fn all(&self, start: u64, len: u64, value: bool) -> bool {
+        let values = self.values(start, len);
+        values == Values::only(value) || values == Values::NONE
+    }
+
+    /// The first of `len` pages from `start` that has `value`.
+    #[must_use]
+    pub fn find(&self, start: u64, len: u64, value: bool) -> Option<u64> {
+        let inside = self.inside(start, len);
+        inside.and_then(|span| at_root!(&self.root, tree => tree.find(span, value))).or_else(|| {
+            let outside = self.outside(start, len)?;
+            (value == self.initial).then_some(outside.first)
+        })
+    }
+
+    /// The first page after `page` and below `limit` whose value is not that of `page`, or else `limit`.
+    #[must_use]
+    pub fn next_change(&self, page: u64, limit: u64) -> u64 {
+        self.end_of_run(page, limit, self.get(page))
+    }
+
+    /// The longest runs of pages with one value in `len` pages from `start`: `(first page, pages, value)`, ascending
+    /// and without gaps.
+    pub fn runs(&self, start: u64, len: u64) -> impl Iterator<Item = (u64, u64, bool)> {
+        let end = start.saturating_add(len);
+        let mut at = start;
+        core::iter::from_fn(move || {
+            let first = (at < end).then_some(at)?;
+            let value = self.get(first);
+            at = self.end_of_run(first, end, value);
+            Some((first, at - first, value))
+        })
+    }
+
+    /// How many of `len` pages from `start` are in the set.
+    ///
+    /// Unlike the other queries this one visits all that is mixed.
+    #[must_use]
+    pub fn count(&self, start: u64, len: u64) -> u64 {
+        let inside = self.inside(start, len).map_or(0, |span| at_root!(&self.root, tree => tree.count(span)));
+        match self.outside(start, len) {
+            Some(span) if self.initial => inside + (span.last - span.first + 1),
+            _ => inside,
+        }
+    }
+
+    /// Bytes that the set has allocated, as requested from the allocator, spare nodes included.
+    #[must_use]
+    pub fn heap_bytes(&self) -> usize {
+        at_root!(&self.root, tree => tree.heap_bytes())
+    }
+
+    /// Where the run of `value` ends that `page` belongs to. Does not look at `page` again: it may have changed.
+    fn end_of_run(&self, page: u64, limit: u64, value: bool) -> u64 {
+        let next = page.saturating_add(1);
+        self.find(next, limit.saturating_sub(next), !value).unwrap_or(limit)
+    }
+
+    fn values(&self, start: u64, len: u64) -> Values {
+        let inside =
+            self.inside(start, len).map_or(Values::NONE, |span| at_root!(&self.root, tree => tree.values(span)));
+        match self.outside(start, len) {
+            Some(_) => inside.with(Values::only(self.initial)),
+            None => inside,
+        }
+    }
+
+    /// The part of a range that lies below the capacity.
+    fn inside(&self, start: u64, len: u64) -> Option<Span> {
+        let end = start.saturating_add(len).min(self.pages);
+        (start < end).then(|| Span { first: start, last: end - 1 })
+    }
+
+    /// The part of a range that lies beyond the capacity.
+    fn outside(&self, start: u64, len: u64) -> Option<Span> {
+        let (start, end) = (start.max(self.pages), start.saturating_add(len));
+        (start < end).then(|| Span { first: start, last: end - 1 })
+    }
+}
+
+impl fmt::Debug for PageSet {
+    /// The pages below the capacity that are in the set, as ranges.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let runs = self.runs(0, self.pages).filter(|&(_, _, value)| value);
+        write!(f, "PageSet({:#x} pages, initially {}) ", self.pages, self.initial)?;
+        f.debug_set().entries(runs.map(|(start, len, _)| start..start + len)).finish()
+    }
+}
