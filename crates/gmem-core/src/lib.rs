@@ -9,6 +9,14 @@
 extern crate alloc;
 
 pub mod addr;
+pub mod arch;
+pub mod file;
+pub mod invalidate;
+pub mod ops;
 pub mod page_set;
 pub mod runs;
+pub mod slot;
 pub mod vendor;
+pub mod vm;
+
+pub use vm::Vm;

@@ -1,1 +1,11 @@
-//! Placeholder until the first slice lands.
+//! Linux mechanism of gmem: memory that backs guests, windows that show it to KVM, and vCPU fix-ups.
+//!
+//! This crate knows how, never what or when: policy is in `gmem-core` and `gmem-uapi`. Its unsafe code is about address
+//! space that it reserved itself or that a client declared to be guest memory.
+
+pub mod backing;
+pub mod client;
+pub mod fds;
+pub mod maps;
+pub mod sys;
+pub mod window;

@@ -1,0 +1,143 @@
+use alloc::vec::Vec;
+
+use super::{Action, Lock, Operation, Pages, Step};
+use crate::addr::{GfnRange, IndexRange, PageIndex};
+use crate::file::FileId;
+use crate::invalidate::{Begun, Filter};
+use crate::vendor::Side;
+use crate::vm::Vm;
+
+/// Why pages could not be converted. Nothing was changed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum ConvertError {
+    /// This page, the first such one, has references that only its owner can drop. EAGAIN.
+    Referenced(PageIndex),
+}
+
+/// `KVM_SET_MEMORY_ATTRIBUTES2` on a file: pages change sides where they are.
+///
+/// Lock, compare, drop the VMM's mappings and check references (to private only), begin, zap the old side, tell the
+/// architecture, store, end. The guest is the only user of a private page, so the way to shared checks no references.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct ConvertInPlace {
+    pages: Pages,
+    to: Side,
+    state: State,
+    zaps: Vec<GfnRange>,
+    begun: Option<Begun>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum State {
+    Lock,
+    Check,
+    References,
+    Begin,
+    Zap,
+    Store,
+    End,
+    Done(Result<(), ConvertError>),
+}
+
+type Output = Result<(), ConvertError>;
+
+impl ConvertInPlace {
+    /// Puts `range` of `file` on side `to`.
+    #[must_use]
+    pub fn new(file: FileId, range: IndexRange, to: Side) -> Self {
+        Self { pages: Pages { file, range }, to, state: State::Lock, zaps: Vec::new(), begun: None }
+    }
+
+    fn next(&mut self, state: State, action: Action) -> Step<Output> {
+        self.state = state;
+        Step::Do(action)
+    }
+
+    fn unlock(&mut self, result: Output) -> Step<Output> {
+        self.next(State::Done(result), Action::Unlock(Lock::FileExclusive(self.pages.file)))
+    }
+
+    fn check(&mut self, vm: &Vm) -> Step<Output> {
+        let changes = vm.file(self.pages.file).is_some_and(|file| file.has_other_side(self.pages.range, self.to));
+        match (changes, self.to) {
+            (false, _) => self.unlock(Ok(())),
+            (true, Side::Private) => self.next(State::References, Action::DropUserMappings(self.pages)),
+            (true, Side::Shared) => self.next(State::Begin, Action::Continue),
+        }
+    }
+
+    fn references(&mut self, vm: &Vm) -> Step<Output> {
+        let referenced = vm.file(self.pages.file).and_then(|file| file.first_referenced(self.pages.range));
+        match referenced {
+            Some(index) => self.unlock(Err(ConvertError::Referenced(index))),
+            None => self.next(State::Begin, Action::Continue),
+        }
+    }
+
+    fn begin(&mut self, vm: &mut Vm) -> Step<Output> {
+        self.zaps = vm.file(self.pages.file).map(|file| vm.frames_of(file, self.pages.range)).unwrap_or_default();
+        let begun = vm.invalidation.begin();
+        for gfns in &self.zaps {
+            vm.invalidation.add(&begun, *gfns);
+        }
+        self.begun = Some(begun);
+        self.zap()
+    }
+
+    fn zap(&mut self) -> Step<Output> {
+        match self.zaps.pop() {
+            Some(range) => self.next(State::Zap, Action::Zap { range, filter: Filter::Only(self.to.other()) }),
+            None => self.next(State::Store, Action::Flush),
+        }
+    }
+
+    fn store(&mut self, vm: &mut Vm) -> Step<Output> {
+        self.change_side(vm);
+        let refill = vm.file(self.pages.file).and_then(|file| vm.frames_of(file, self.pages.range).into_iter().next());
+        self.next(State::End, refill.map_or(Action::Continue, Action::Refill))
+    }
+
+    fn change_side(&self, vm: &mut Vm) {
+        let Pages { file, range } = self.pages;
+        if self.to == Side::Shared {
+            reclaim_present(vm, file, range);
+        }
+        let Some(file) = vm.files.get_mut(&file) else { return };
+        file.split(range);
+        file.set_side(range, self.to);
+    }
+
+    fn end(&mut self, vm: &mut Vm) -> Step<Output> {
+        if let Some(begun) = self.begun.take() {
+            vm.invalidation.end(begun);
+        }
+        self.unlock(Ok(()))
+    }
+}
+
+/// Pages that become shared leave the guest, as freed ones do.
+fn reclaim_present(vm: &mut Vm, file: FileId, range: IndexRange) {
+    let Some(file) = vm.files.get(&file) else { return };
+    for run in file.present_runs(range) {
+        if let Some(pfns) = run.rebase(file.pfn(run.start())) {
+            vm.arch.reclaim(pfns);
+        }
+    }
+}
+
+impl Operation for ConvertInPlace {
+    type Output = Output;
+
+    fn step(&mut self, vm: &mut Vm) -> Step<Output> {
+        match self.state {
+            State::Lock => self.next(State::Check, Action::Lock(Lock::FileExclusive(self.pages.file))),
+            State::Check => self.check(vm),
+            State::References => self.references(vm),
+            State::Begin => self.begin(vm),
+            State::Zap => self.zap(),
+            State::Store => self.store(vm),
+            State::End => self.end(vm),
+            State::Done(result) => Step::Done(result),
+        }
+    }
+}

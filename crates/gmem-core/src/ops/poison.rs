@@ -1,0 +1,72 @@
+use super::{Action, Lock, Operation, Step};
+use crate::addr::{PageIndex, PageRange};
+use crate::file::FileId;
+use crate::invalidate::Begun;
+use crate::vm::Vm;
+
+/// A page has a memory error (`kvm_gmem_error_folio()`): its mappings go, the page stays and every later use of it fails
+/// until it is punched out.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct MemoryFailure {
+    file: FileId,
+    index: PageIndex,
+    state: State,
+    begun: Option<Begun>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum State {
+    Lock,
+    Begin,
+    Flush,
+    End,
+    Done,
+}
+
+impl MemoryFailure {
+    /// Page `index` of `file` fails.
+    #[must_use]
+    pub fn new(file: FileId, index: PageIndex) -> Self {
+        Self { file, index, state: State::Lock, begun: None }
+    }
+
+    fn next(&mut self, state: State, action: Action) -> Step<()> {
+        self.state = state;
+        Step::Do(action)
+    }
+
+    fn begin(&mut self, vm: &mut Vm) -> Step<()> {
+        if let Some(file) = vm.files.get_mut(&self.file) {
+            file.poison(self.index);
+        }
+        let Some(file) = vm.files.get(&self.file) else { return self.next(State::End, Action::Continue) };
+        let (gfns, filter) = (vm.frames_of(file, PageRange::page(self.index)), vm.file_filter(file));
+        let Some(&range) = gfns.first() else { return self.next(State::End, Action::Continue) };
+        let begun = vm.invalidation.begin();
+        vm.invalidation.add(&begun, range);
+        self.begun = Some(begun);
+        self.next(State::Flush, Action::Zap { range, filter })
+    }
+
+    fn end(&mut self, vm: &mut Vm) -> Step<()> {
+        if let Some(begun) = self.begun.take() {
+            vm.invalidation.end(begun);
+        }
+        self.next(State::Done, Action::Unlock(Lock::FileShared(self.file)))
+    }
+}
+
+impl Operation for MemoryFailure {
+    type Output = ();
+
+    fn step(&mut self, vm: &mut Vm) -> Step<()> {
+        match self.state {
+            // Shared is enough: bindings change only under the exclusive lock, so begin and end see the same ones.
+            State::Lock => self.next(State::Begin, Action::Lock(Lock::FileShared(self.file))),
+            State::Begin => self.begin(vm),
+            State::Flush => self.next(State::End, Action::Flush),
+            State::End => self.end(vm),
+            State::Done => Step::Done(()),
+        }
+    }
+}

@@ -1,0 +1,328 @@
+use super::{Action, Lock, Operation, Step};
+use crate::addr::{Gfn, GfnRange, IndexRange, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange};
+use crate::file::{FileFlags, FileId};
+use crate::invalidate::Filter;
+use crate::slot::{Binding, Slot, SlotFlags, SlotId};
+use crate::vm::Vm;
+
+/// Pages that one slot may have (`KVM_MEM_MAX_NR_PAGES`).
+const MAX_PAGES: u64 = (1 << 31) - 1;
+/// End of the addresses that a process may name (x86-64 `TASK_SIZE_MAX` with four paging levels).
+const USER_END: u64 = (1 << 47) - PAGE_SIZE;
+
+/// What a client says in `KVM_SET_USER_MEMORY_REGION2`. All of it is a claim.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Claim {
+    /// Address space and number, packed.
+    pub slot: u32,
+    /// `KVM_MEM_*`.
+    pub flags: u32,
+    /// Bytes.
+    pub guest_phys_addr: u64,
+    /// Bytes; 0 deletes the slot.
+    pub memory_size: u64,
+    /// Address in the VMM.
+    pub userspace_addr: u64,
+    /// What the descriptor turned out to be.
+    pub file: FileClaim,
+    /// Bytes.
+    pub guest_memfd_offset: u64,
+}
+
+/// What the descriptor in a claim is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum FileClaim {
+    /// Not an open descriptor.
+    BadDescriptor,
+    /// Something other than a guest_memfd.
+    NotGuestMemfd,
+    /// A guest_memfd of another VM.
+    OtherVm,
+    /// A file of this VM.
+    File(FileId),
+}
+
+/// Why a slot cannot be set. In the order of the kernel's checks.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum RegionError {
+    /// The number is not below the VM's limit, or the address space does not exist. EINVAL.
+    SlotNumber,
+    /// Flags that do not exist or exclude each other. EINVAL.
+    Flags,
+    /// Size, gpa, address or offset not aligned, not addressable, wrapping or too large. EINVAL.
+    Geometry,
+    /// A delete names no slot. EINVAL.
+    NoSuchSlot,
+    /// The pages of all slots together would not fit a machine word. EINVAL.
+    TooManyPages,
+    /// A slot with a file cannot be changed, and of others neither size, address nor these flags. EINVAL.
+    Immutable,
+    /// Other slots have some of the frames. EEXIST.
+    Overlap,
+    /// The descriptor is not open. EBADF.
+    BadDescriptor,
+    /// Not a guest_memfd, of another VM, or offset and size pass its end. EINVAL.
+    File,
+    /// Some of the file's pages are bound already. EINVAL up to 6.18, EEXIST from 7.2 on.
+    PagesBound,
+}
+
+/// What a valid claim does.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum Change {
+    Create(Slot),
+    Delete(SlotId),
+    Move(SlotId, Slot),
+    Flags(SlotId, SlotFlags),
+    Nothing,
+}
+
+/// Sets a slot: all checks in the kernel's order, then the change in steps.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct SetRegion {
+    claim: Claim,
+    state: State,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum State {
+    Lock,
+    Check,
+    Zap(Change),
+    Flush(Change),
+    Synchronize(Change),
+    Commit(Change),
+    Unlock,
+    Done(Output),
+}
+
+type Output = Result<(), RegionError>;
+
+impl SetRegion {
+    /// Carries `claim` out, or refuses it.
+    #[must_use]
+    pub fn new(claim: Claim) -> Self {
+        Self { claim, state: State::Lock }
+    }
+
+    fn next(&mut self, state: State, action: Action) -> Step<Output> {
+        self.state = state;
+        Step::Do(action)
+    }
+
+    fn unlock(&mut self, result: Output) -> Step<Output> {
+        self.next(State::Done(result), Action::Unlock(Lock::Slots))
+    }
+
+    fn check(&mut self, vm: &mut Vm) -> Step<Output> {
+        match check(vm, &self.claim) {
+            Err(error) => self.unlock(Err(error)),
+            Ok(Change::Nothing) => self.unlock(Ok(())),
+            Ok(change @ (Change::Create(_) | Change::Flags(..))) => self.next(State::Commit(change), Action::Continue),
+            Ok(change @ (Change::Delete(id) | Change::Move(id, _))) => {
+                if let Some(slot) = vm.slots.get_mut(id) {
+                    slot.invalid = true;
+                }
+                self.next(State::Synchronize(change), Action::Continue)
+            }
+        }
+    }
+
+    /// Faults that still read the old slot may map from it; their mappings go with the zap that follows.
+    fn synchronize(&mut self, change: Change) -> Step<Output> {
+        self.next(State::Zap(change), Action::Synchronize)
+    }
+
+    fn zap(&mut self, vm: &Vm, change: Change) -> Step<Output> {
+        let id = match &change {
+            Change::Delete(id) | Change::Move(id, _) => Some(*id),
+            Change::Create(_) | Change::Flags(..) | Change::Nothing => None,
+        };
+        match id.and_then(|id| vm.slots.get(id)) {
+            Some(slot) => {
+                let range = slot.gfns;
+                self.next(State::Flush(change), Action::Zap { range, filter: Filter::Both })
+            }
+            None => self.next(State::Commit(change), Action::Continue),
+        }
+    }
+
+    fn commit(&mut self, vm: &mut Vm, change: Change) -> Step<Output> {
+        let refill = apply(vm, change);
+        self.next(State::Unlock, refill.map_or(Action::Continue, Action::Refill))
+    }
+}
+
+fn apply(vm: &mut Vm, change: Change) -> Option<GfnRange> {
+    match change {
+        Change::Create(slot) => {
+            let range = slot.gfns;
+            bind(vm, &slot);
+            vm.slots.insert(slot);
+            Some(range)
+        }
+        Change::Delete(id) => {
+            let slot = vm.slots.remove(id)?;
+            unbind(vm, &slot);
+            None
+        }
+        Change::Move(id, slot) => {
+            let range = slot.gfns;
+            vm.slots.remove(id);
+            vm.slots.insert(slot);
+            Some(range)
+        }
+        Change::Flags(id, flags) => {
+            vm.slots.get_mut(id)?.flags = flags;
+            None
+        }
+        Change::Nothing => None,
+    }
+}
+
+fn bind(vm: &mut Vm, slot: &Slot) {
+    if let (Some(Binding { file: Some(file), .. }), Some(pages)) = (slot.binding, slot.file_pages())
+        && let Some(file) = vm.files.get_mut(&file)
+    {
+        file.bind(pages, slot.id);
+    }
+}
+
+fn unbind(vm: &mut Vm, slot: &Slot) {
+    if let Some(Binding { file: Some(file), first, .. }) = slot.binding
+        && let Some(file) = vm.files.get_mut(&file)
+    {
+        file.unbind(first);
+    }
+}
+
+/// All checks of a claim, changing nothing.
+///
+/// # Errors
+/// The first that applies, in the kernel's order.
+pub fn check_claim(vm: &Vm, claim: &Claim) -> Result<(), RegionError> {
+    check(vm, claim).map(|_| ())
+}
+
+fn check(vm: &Vm, claim: &Claim) -> Result<Change, RegionError> {
+    let id = SlotId::from_raw(claim.slot);
+    if id.number >= vm.rules.max_slots {
+        return Err(RegionError::SlotNumber);
+    }
+    let flags = check_flags(vm, claim)?;
+    check_geometry(vm, claim, id)?;
+    let old = vm.slots.get(id);
+    if claim.memory_size == 0 {
+        return old.map(|_| Change::Delete(id)).ok_or(RegionError::NoSuchSlot);
+    }
+    let pages = claim.memory_size >> PAGE_SHIFT;
+    let gfns = crate::slot::frames(Gfn::of_gpa(claim.guest_phys_addr), pages).ok_or(RegionError::Geometry)?;
+    let slot = Slot { id, gfns, userspace_addr: claim.userspace_addr, flags, binding: None, invalid: false };
+    match old {
+        None => check_create(vm, claim, slot),
+        Some(old) => check_change(vm, old, slot),
+    }
+}
+
+fn check_flags(vm: &Vm, claim: &Claim) -> Result<SlotFlags, RegionError> {
+    let flags = SlotFlags::from_bits(claim.flags).ok_or(RegionError::Flags)?;
+    if !Vm::is_private_slot(flags) {
+        return Ok(flags);
+    }
+    let excluded = flags.intersects(SlotFlags::LOG_DIRTY_PAGES | SlotFlags::READONLY);
+    if excluded || !vm.takes_private_slots() { Err(RegionError::Flags) } else { Ok(flags) }
+}
+
+fn check_geometry(vm: &Vm, claim: &Claim, id: SlotId) -> Result<(), RegionError> {
+    let aligned = |value: u64| value.is_multiple_of(PAGE_SIZE);
+    let pages_aligned = [claim.memory_size, claim.guest_phys_addr, claim.userspace_addr].into_iter().all(aligned);
+    let user_end = claim.userspace_addr.checked_add(claim.memory_size);
+    let reachable = user_end.is_some_and(|end| end <= USER_END);
+    let file = claim.flags & SlotFlags::GUEST_MEMFD.bits() == 0
+        || (aligned(claim.guest_memfd_offset) && claim.guest_memfd_offset.checked_add(claim.memory_size).is_some());
+    let fits = claim.guest_phys_addr.checked_add(claim.memory_size).is_some();
+    let small = claim.memory_size >> PAGE_SHIFT <= MAX_PAGES;
+    let known_space = id.space < vm.address_spaces();
+    if pages_aligned && reachable && file && known_space && fits && small { Ok(()) } else { Err(RegionError::Geometry) }
+}
+
+fn check_create(vm: &Vm, claim: &Claim, mut slot: Slot) -> Result<Change, RegionError> {
+    vm.slots.pages().checked_add(slot.gfns.len()).ok_or(RegionError::TooManyPages)?;
+    check_overlap(vm, &slot)?;
+    if Vm::is_private_slot(slot.flags) {
+        slot.binding = Some(check_file(vm, claim, &slot)?);
+    }
+    Ok(Change::Create(slot))
+}
+
+/// A slot with a file is immutable, even against being set again as it is; of another one only the frames may move and
+/// dirty logging may change.
+fn check_change(vm: &Vm, old: &Slot, new: Slot) -> Result<Change, RegionError> {
+    let fixed = SlotFlags::READONLY | SlotFlags::GUEST_MEMFD;
+    let changed = old.flags.symmetric_difference(new.flags).intersects(fixed)
+        || old.userspace_addr != new.userspace_addr
+        || old.gfns.len() != new.gfns.len();
+    if Vm::is_private_slot(new.flags) || changed {
+        return Err(RegionError::Immutable);
+    }
+    if old.gfns != new.gfns {
+        check_overlap(vm, &new)?;
+        return Ok(Change::Move(old.id, new));
+    }
+    Ok(if old.flags == new.flags { Change::Nothing } else { Change::Flags(old.id, new.flags) })
+}
+
+fn check_overlap(vm: &Vm, slot: &Slot) -> Result<(), RegionError> {
+    let mut others = vm.slots.overlapping_in(slot.id.space, slot.gfns).filter(|other| other.id != slot.id);
+    others.next().map_or(Ok(()), |_| Err(RegionError::Overlap))
+}
+
+fn check_file(vm: &Vm, claim: &Claim, slot: &Slot) -> Result<Binding, RegionError> {
+    let id = match claim.file {
+        FileClaim::BadDescriptor => return Err(RegionError::BadDescriptor),
+        FileClaim::NotGuestMemfd | FileClaim::OtherVm => return Err(RegionError::File),
+        FileClaim::File(id) => id,
+    };
+    let file = vm.file(id).ok_or(RegionError::File)?;
+    let first = PageIndex(claim.guest_memfd_offset >> PAGE_SHIFT);
+    let pages: IndexRange = PageRange::with_len(first, slot.gfns.len()).ok_or(RegionError::File)?;
+    if pages.end().0 > file.pages() {
+        return Err(RegionError::File);
+    }
+    if file.is_bound(pages) {
+        return Err(RegionError::PagesBound);
+    }
+    Ok(Binding { file: Some(id), first, file_only: vm.serves_every_fault(file.flags()) })
+}
+
+impl Vm {
+    /// Whether slots of this VM may have files. Up to 6.12 only those of VMs with private memory.
+    #[must_use]
+    pub fn takes_private_slots(&self) -> bool {
+        self.has_private_memory() || self.rules.files_without_private_memory
+    }
+
+    fn serves_every_fault(&self, flags: FileFlags) -> bool {
+        flags.contains(FileFlags::MMAP) || self.rules.tracking == crate::vm::Tracking::InPlace
+    }
+}
+
+impl Operation for SetRegion {
+    type Output = Output;
+
+    fn step(&mut self, vm: &mut Vm) -> Step<Output> {
+        match core::mem::replace(&mut self.state, State::Check) {
+            State::Lock => self.next(State::Check, Action::Lock(Lock::Slots)),
+            State::Check => self.check(vm),
+            State::Synchronize(change) => self.synchronize(change),
+            State::Zap(change) => self.zap(vm, change),
+            State::Flush(change) => self.next(State::Commit(change), Action::Flush),
+            State::Commit(change) => self.commit(vm, change),
+            State::Unlock => self.unlock(Ok(())),
+            State::Done(result) => {
+                self.state = State::Done(result);
+                Step::Done(result)
+            }
+        }
+    }
+}

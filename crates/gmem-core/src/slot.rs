@@ -1,0 +1,173 @@
+//! Memory slots: which guest frames have memory, from where, and with which file behind them.
+
+use alloc::collections::BTreeMap;
+
+use bitflags::bitflags;
+
+use crate::addr::{Gfn, GfnRange, IndexRange, PageIndex, PageNumber, PageRange};
+use crate::file::FileId;
+
+bitflags! {
+    /// Flags of a slot, with the values of `KVM_MEM_*`.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+    pub struct SlotFlags: u32 {
+        /// Writes are logged.
+        const LOG_DIRTY_PAGES = 1 << 0;
+        /// Guest writes exit to the VMM.
+        const READONLY = 1 << 1;
+        /// The slot has a guest_memfd.
+        const GUEST_MEMFD = 1 << 2;
+    }
+}
+
+/// Address space and number of a slot, as packed in `kvm_userspace_memory_region2.slot`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct SlotId {
+    /// Address space; 1 is SMM on x86.
+    pub space: u16,
+    /// Number within the address space.
+    pub number: u16,
+}
+
+impl SlotId {
+    /// Unpacks the field: address space in bits 31:16, number in bits 15:0.
+    #[must_use]
+    pub fn from_raw(raw: u32) -> Self {
+        let [a, b, c, d] = raw.to_le_bytes();
+        Self { space: u16::from_le_bytes([c, d]), number: u16::from_le_bytes([a, b]) }
+    }
+}
+
+/// Where the private pages of a slot come from.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Binding {
+    /// The file, or `None` once its last descriptor has been closed: the slot stays and its private faults fail.
+    pub file: Option<FileId>,
+    /// The file page behind the slot's first frame.
+    pub first: PageIndex,
+    /// Every fault, shared or private, is served from the file (`KVM_MEMSLOT_GMEM_ONLY`).
+    pub file_only: bool,
+}
+
+/// One memory slot.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Slot {
+    /// Who it is.
+    pub id: SlotId,
+    /// Its guest frames.
+    pub gfns: GfnRange,
+    /// Address of the VMM's mapping of the first byte. Legal for file-only slots too, where it is not used.
+    pub userspace_addr: u64,
+    /// Flags as given.
+    pub flags: SlotFlags,
+    /// Private backing, if the slot was created with one.
+    pub binding: Option<Binding>,
+    /// The slot is being deleted or moved: faults that meet it start again (`KVM_MEMSLOT_INVALID`).
+    pub invalid: bool,
+}
+
+impl Slot {
+    /// The file page behind `gfn`, if the slot has a binding and holds the frame.
+    #[must_use]
+    pub fn index_of(&self, gfn: Gfn) -> Option<PageIndex> {
+        let binding = self.binding?;
+        self.gfns.contains(gfn).then(|| PageIndex(binding.first.0 + (gfn.0 - self.gfns.start().0)))
+    }
+
+    /// The file pages that the slot is bound to.
+    #[must_use]
+    pub fn file_pages(&self) -> Option<IndexRange> {
+        self.gfns.rebase(self.binding?.first)
+    }
+
+    /// The frames behind those of `pages` that the slot is bound to.
+    #[must_use]
+    pub fn gfns_of(&self, pages: IndexRange) -> Option<GfnRange> {
+        let own = self.file_pages()?;
+        let both = own.intersect(pages)?;
+        let first = self.gfns.start().checked_add(both.start().0 - own.start().0)?;
+        both.rebase(first)
+    }
+
+    /// The address of the VMM's mapping of `gfn`.
+    #[must_use]
+    pub fn hva_of(&self, gfn: Gfn) -> u64 {
+        self.userspace_addr.wrapping_add(gfn.gpa().wrapping_sub(self.gfns.start().gpa()))
+    }
+}
+
+/// The slots of a VM, by number and by frame.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Slots {
+    by_id: BTreeMap<SlotId, Slot>,
+    by_frame: BTreeMap<(u16, Gfn), SlotId>,
+    pages: u64,
+}
+
+impl Slots {
+    /// The slot with this number.
+    #[must_use]
+    pub fn get(&self, id: SlotId) -> Option<&Slot> {
+        self.by_id.get(&id)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: SlotId) -> Option<&mut Slot> {
+        self.by_id.get_mut(&id)
+    }
+
+    /// All slots, by number.
+    pub fn iter(&self) -> impl Iterator<Item = &Slot> {
+        self.by_id.values()
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        self.by_id.values_mut()
+    }
+
+    /// The slot of address space `space` that holds `gfn`.
+    #[must_use]
+    pub fn at(&self, space: u16, gfn: Gfn) -> Option<&Slot> {
+        let (_, id) = self.by_frame.range((space, Gfn(0))..=(space, gfn)).next_back()?;
+        self.by_id.get(id).filter(|slot| slot.gfns.contains(gfn))
+    }
+
+    /// The slots of any address space that have frames in `range`.
+    pub fn overlapping(&self, range: GfnRange) -> impl Iterator<Item = &Slot> {
+        (0..SPACES).flat_map(move |space| self.overlapping_in(space, range))
+    }
+
+    /// The slots of address space `space` that have frames in `range`, in ascending order.
+    pub fn overlapping_in(&self, space: u16, range: GfnRange) -> impl Iterator<Item = &Slot> {
+        let before = self.at(space, range.start()).filter(|slot| slot.gfns.start() < range.start());
+        let inside = self.by_frame.range((space, range.start())..(space, range.end()));
+        before.into_iter().chain(inside.filter_map(|(_, id)| self.by_id.get(id)))
+    }
+
+    /// Pages in all slots together.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    pub(crate) fn insert(&mut self, slot: Slot) {
+        self.remove(slot.id);
+        self.pages += slot.gfns.len();
+        self.by_frame.insert((slot.id.space, slot.gfns.start()), slot.id);
+        self.by_id.insert(slot.id, slot);
+    }
+
+    pub(crate) fn remove(&mut self, id: SlotId) -> Option<Slot> {
+        let slot = self.by_id.remove(&id)?;
+        self.by_frame.remove(&(id.space, slot.gfns.start()));
+        self.pages -= slot.gfns.len();
+        Some(slot)
+    }
+}
+
+/// Address spaces that any architecture has: x86 has a second one for SMM.
+pub(crate) const SPACES: u16 = 2;
+
+/// Frames `[gfn, gfn + pages)`, when neither is out of bounds.
+pub(crate) fn frames(gfn: Gfn, pages: u64) -> Option<GfnRange> {
+    PageRange::with_len(gfn, pages)
+}

@@ -1,0 +1,151 @@
+//! Memory behind guest_memfds and behind guest RAM that had to become shareable.
+
+use core::ffi::c_void;
+
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{FallocateFlags, MemfdFlags};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
+
+use crate::fds;
+
+/// Pages that gmem owns and that no descriptor of the client names.
+///
+/// A memfd: absent pages read as zeros and take no memory, a page is zeroed when it is first used, and a hole takes every
+/// mapping of its pages away, KVM's among them.
+#[derive(Debug)]
+pub struct Backing {
+    fd: OwnedFd,
+    size: u64,
+}
+
+impl Backing {
+    /// Memory of `size` bytes that takes none until it is used.
+    ///
+    /// # Errors
+    /// EMFILE, ENFILE, ENOMEM; EFBIG beyond the process's file size limit.
+    pub fn new(size: u64) -> Result<Self, Errno> {
+        Self::with_flags(size, MemfdFlags::CLOEXEC)
+    }
+
+    /// The same of huge pages of the default size.
+    ///
+    /// # Errors
+    /// As [`Backing::new`].
+    pub fn hugetlb(size: u64) -> Result<Self, Errno> {
+        Self::with_flags(size, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB)
+    }
+
+    fn with_flags(size: u64, flags: MemfdFlags) -> Result<Self, Errno> {
+        let fd = fds::hide(rustix::fs::memfd_create("gmem", flags)?)?;
+        rustix::fs::ftruncate(&fd, size)?;
+        Ok(Self { fd, size })
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Its descriptor.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Writes into the memory, whatever kind of pages it has.
+    ///
+    /// # Errors
+    /// ENOMEM, ENOSPC.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        match rustix::io::pwrite(&self.fd, bytes, offset) {
+            Ok(n) if n == bytes.len() => Ok(()),
+            Ok(_) => Err(Errno::IO),
+            // Files of huge pages have no write; a mapping does.
+            Err(_) => self.write_mapped(offset, bytes),
+        }
+    }
+
+    fn write_mapped(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        const HUGE: u64 = 1 << 21;
+        let (head, prot) = (offset & !(HUGE - 1), ProtFlags::READ | ProtFlags::WRITE);
+        let len = 2 << 21;
+        // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
+        let base = unsafe { rustix::mm::mmap(core::ptr::null_mut(), len, prot, MapFlags::SHARED, &self.fd, head) }?;
+        let inside = usize::try_from(offset - head).unwrap_or(0);
+        let done = crate::sys::copy_to_client(base.addr() + inside, bytes);
+        // SAFETY: the mapping was made above and nothing refers to it.
+        let _ = unsafe { rustix::mm::munmap(base, len) };
+        done
+    }
+
+    /// Gives memory to the bytes `[offset, offset + len)`.
+    ///
+    /// # Errors
+    /// ENOMEM, ENOSPC, EINTR.
+    pub fn allocate(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        rustix::fs::fallocate(&self.fd, FallocateFlags::KEEP_SIZE, offset, len)
+    }
+
+    /// Takes the memory of the bytes `[offset, offset + len)` away, and every mapping of it.
+    ///
+    /// # Errors
+    /// None is expected; passed on if there is one.
+    pub fn punch(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        rustix::fs::fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+    }
+
+    /// Maps bytes at a fixed address, replacing what is there in one step.
+    ///
+    /// # Errors
+    /// ENOMEM when the process has too many mappings (`vm.max_map_count`).
+    ///
+    /// # Safety
+    /// `[address, address + len)` must be address space that the caller owns and that holds nothing Rust code refers to.
+    pub unsafe fn map_at(&self, address: usize, len: usize, offset: u64) -> Result<(), Errno> {
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the caller owns the target range.
+        unsafe { rustix::mm::mmap(pointer(address), len, prot, flags, &self.fd, offset) }.map(|_| ())
+    }
+}
+
+pub(crate) fn pointer(address: usize) -> *mut c_void {
+    core::ptr::without_provenance_mut(address)
+}
+
+/// Maps nothing at a fixed address: an access by a vCPU ends in a fault.
+///
+/// # Errors
+/// ENOMEM when the process has too many mappings.
+///
+/// # Safety
+/// As [`Backing::map_at`].
+pub unsafe fn map_nothing_at(address: usize, len: usize) -> Result<(), Errno> {
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    // SAFETY: the caller owns the target range.
+    unsafe { rustix::mm::mmap_anonymous(pointer(address), len, ProtFlags::empty(), flags) }.map(|_| ())
+}
+
+/// Maps the pages of the shared mapping at `from` a second time, at `to`.
+///
+/// # Errors
+/// EFAULT when nothing is mapped at `from`, EINVAL when the mapping there cannot be duplicated (private, or of a device).
+///
+/// # Safety
+/// As [`Backing::map_at`] for `[to, to + len)`.
+pub unsafe fn alias_at(from: usize, to: usize, len: usize) -> Result<(), Errno> {
+    let flags = MremapFlags::MAYMOVE;
+    // SAFETY: an old length of zero duplicates a shared mapping and leaves the original alone; the caller owns the target.
+    unsafe { rustix::mm::mremap_fixed(pointer(from), 0, len, flags, pointer(to)) }.map(|_| ())
+}
+
+/// Asks for huge pages where the host allows them; a host that does not is no error.
+///
+/// # Safety
+/// `[address, address + len)` must be mapped by the caller.
+pub unsafe fn prefer_huge_pages(address: usize, len: usize) {
+    // SAFETY: the advice changes no contents.
+    let _ = unsafe { rustix::mm::madvise(pointer(address), len, Advice::LinuxHugepage) };
+}

@@ -1,0 +1,151 @@
+//! The client's own guest memory, made shareable.
+//!
+//! A window can show the client's pages only if a second mapping of them can be made. Shared mappings allow that; private
+//! ones are moved into a memfd at the same address when they become guest memory. The client does not notice, except that
+//! operations which depend on the memory being private anonymous memory are translated by [`ClientMemory::advise_dontneed`].
+
+use std::collections::BTreeMap;
+
+use rustix::io::Errno;
+
+use crate::backing::{self, Backing};
+use crate::maps::{self, Sharing};
+use crate::sys;
+
+/// Ranges of client memory that were moved into memfds.
+#[derive(Debug, Default)]
+pub struct ClientMemory {
+    moved: BTreeMap<usize, Moved>,
+}
+
+#[derive(Debug)]
+struct Moved {
+    end: usize,
+    /// Offset of the first byte in the backing.
+    offset: u64,
+    backing: std::sync::Arc<Backing>,
+}
+
+const PAGE: usize = 4096;
+/// Bytes whose page map is read at once.
+const BLOCK: usize = 1 << 25;
+
+impl ClientMemory {
+    /// Makes every mapping in `[start, start + len)` one that can be duplicated. Holes stay holes.
+    ///
+    /// Other threads must not write to private mappings in the range meanwhile: a write between the copy and the replacement
+    /// would be lost.
+    ///
+    /// # Errors
+    /// ENOMEM, EMFILE. What was moved before the error stays moved, which changes nothing for the client.
+    pub fn make_shareable(&mut self, start: usize, len: usize) -> Result<(), Errno> {
+        for area in maps::areas(start, start.saturating_add(len))? {
+            if area.sharing == Sharing::Private {
+                self.move_to_memfd(area.start, area.end, area.hugetlb)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn move_to_memfd(&mut self, start: usize, end: usize, hugetlb: bool) -> Result<(), Errno> {
+        let len = end - start;
+        let backing = if hugetlb { Backing::hugetlb(len as u64) } else { Backing::new(len as u64) }?;
+        copy_present(start, len, &backing)?;
+        // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
+        unsafe {
+            backing.map_at(start, len, 0)?;
+            backing::prefer_huge_pages(start, len);
+        }
+        self.forget(start, end);
+        self.moved.insert(start, Moved { end, offset: 0, backing: std::sync::Arc::new(backing) });
+        Ok(())
+    }
+
+    /// `MADV_DONTNEED` on moved memory: the client expects zeros afterwards, which on shared memory only a hole gives.
+    ///
+    /// Returns whether any part of the range was moved memory.
+    ///
+    /// # Errors
+    /// Those of punching the hole.
+    pub fn advise_dontneed(&self, start: usize, len: usize) -> Result<bool, Errno> {
+        let end = start.saturating_add(len);
+        let mut any = false;
+        for (from, to, offset, backing) in self.pieces(start, end) {
+            backing.punch(offset, (to - from) as u64)?;
+            any = true;
+        }
+        Ok(any)
+    }
+
+    fn pieces(&self, start: usize, end: usize) -> impl Iterator<Item = (usize, usize, u64, &Backing)> {
+        let before = self.moved.range(..start).next_back();
+        before.into_iter().chain(self.moved.range(start..end)).filter_map(move |(&base, moved)| {
+            let (from, to) = (base.max(start), moved.end.min(end));
+            (from < to).then(|| (from, to, moved.offset + (from - base) as u64, &*moved.backing))
+        })
+    }
+
+    /// The client replaced or unmapped `[start, end)`: what was moved there is gone.
+    pub fn forget(&mut self, start: usize, end: usize) {
+        let touched: Vec<usize> = {
+            let before = self.moved.range(..start).next_back();
+            before.into_iter().chain(self.moved.range(start..end)).map(|(&base, _)| base).collect()
+        };
+        for base in touched {
+            let Some(moved) = self.moved.remove(&base) else { continue };
+            if start > base {
+                let head = Moved { end: moved.end.min(start), offset: moved.offset, backing: moved.backing.clone() };
+                self.moved.insert(base, head);
+            }
+            if moved.end > end {
+                let offset = moved.offset + (end - base) as u64;
+                self.moved.insert(end, Moved { end: moved.end, offset, backing: moved.backing });
+            }
+        }
+    }
+
+    /// Whether anything was moved.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.moved.is_empty()
+    }
+}
+
+/// Copies the pages of `[start, start + len)` that hold anything but zeros, so that memory which was never touched stays
+/// absent.
+fn copy_present(start: usize, len: usize, to: &Backing) -> Result<(), Errno> {
+    let pagemap = open_pagemap().ok();
+    for block in (start..start + len).step_by(BLOCK) {
+        let end = (block + BLOCK).min(start + len);
+        let present = pagemap.as_ref().and_then(|pagemap| present_pages(pagemap, block, end));
+        match present {
+            Some(pages) => pages.into_iter().try_for_each(|page| copy_page(page, (page - start) as u64, to))?,
+            None => (block..end).step_by(PAGE).try_for_each(|page| copy_page(page, (page - start) as u64, to))?,
+        }
+    }
+    Ok(())
+}
+
+fn copy_page(from: usize, offset: u64, to: &Backing) -> Result<(), Errno> {
+    let mut bytes = [0u8; PAGE];
+    // What cannot be read (PROT_NONE) has nothing that a guest could have had.
+    if sys::copy_from_client(from, &mut bytes).is_err() || bytes.iter().all(|byte| *byte == 0) {
+        return Ok(());
+    }
+    to.write(offset, &bytes)
+}
+
+fn open_pagemap() -> Result<rustix::fd::OwnedFd, Errno> {
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+    rustix::fs::open("/proc/self/pagemap", flags, rustix::fs::Mode::empty())
+}
+
+/// Addresses of the pages in `[start, end)` that the process has, present or swapped; `None` if the kernel does not say.
+fn present_pages(pagemap: &rustix::fd::OwnedFd, start: usize, end: usize) -> Option<Vec<usize>> {
+    const PRESENT_OR_SWAPPED: u8 = 0xc0;
+    let mut entries = vec![0u8; (end - start) / PAGE * 8];
+    let n = rustix::io::pread(pagemap, &mut entries, (start / PAGE * 8) as u64).ok()?;
+    let there = |entry: &[u8]| entry.last().is_some_and(|top| top & PRESENT_OR_SWAPPED != 0);
+    let pages = entries[..n].chunks(8).enumerate().filter(|(_, entry)| there(entry));
+    (n == entries.len()).then(|| pages.map(|(page, _)| start + page * PAGE).collect())
+}

@@ -1,0 +1,33 @@
+//! Descriptors that a client does not notice.
+
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::{MemfdFlags, Mode, SealFlags};
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
+
+/// Moves a descriptor out of the way of the client's numbering: the kernel gives clients the lowest free number, and some
+/// depend on it.
+///
+/// # Errors
+/// EMFILE if the process has no number left; the original is closed in any case.
+#[expect(clippy::needless_pass_by_value, reason = "the original must not stay open")]
+pub fn hide(fd: OwnedFd) -> Result<OwnedFd, Errno> {
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::from(u16::MAX));
+    let limit = i32::try_from(limit.min(1 << 16)).unwrap_or(1 << 16);
+    let high = (limit - limit / 8).max(3);
+    rustix::io::fcntl_dupfd_cloexec(fd.as_fd(), high).or_else(|_| rustix::io::fcntl_dupfd_cloexec(fd.as_fd(), 3))
+}
+
+/// The descriptor that a client gets for a guest_memfd: it has the right size and no content, and nothing can be done with
+/// it that would give it any. Not close-on-exec, as the kernel's is not.
+///
+/// # Errors
+/// EMFILE, ENFILE, ENOMEM.
+pub fn placeholder(size: u64) -> Result<OwnedFd, Errno> {
+    let fd = rustix::fs::memfd_create("kvm-gmem", MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&fd, size)?;
+    rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&fd, seals)?;
+    Ok(fd)
+}

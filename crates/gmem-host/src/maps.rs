@@ -1,0 +1,88 @@
+//! What is mapped where in this process, from `/proc/self/maps`.
+
+use std::vec::Vec;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+/// How a piece of address space is mapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sharing {
+    /// `MAP_SHARED`: another mapping of the same pages can be made.
+    Shared,
+    /// `MAP_PRIVATE`, anonymous or of a file.
+    Private,
+}
+
+/// A piece of address space that is mapped in one way.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Area {
+    /// First address.
+    pub start: usize,
+    /// First address after it.
+    pub end: usize,
+    /// Shared or private.
+    pub sharing: Sharing,
+    /// Whether it is of hugetlb pages.
+    pub hugetlb: bool,
+}
+
+/// The mapped areas that overlap `[start, end)`, in ascending order, cut to it.
+///
+/// # Errors
+/// Those of opening and reading `/proc/self/maps`.
+pub fn areas(start: usize, end: usize) -> Result<Vec<Area>, Errno> {
+    let text = read_all("/proc/self/maps")?;
+    let lines = text.split(|byte| *byte == b'\n').filter_map(|line| core::str::from_utf8(line).ok());
+    let areas =
+        lines.filter_map(parse).map(|area| Area { start: area.start.max(start), end: area.end.min(end), ..area });
+    Ok(areas.filter(|area| area.start < area.end).collect())
+}
+
+fn parse(line: &str) -> Option<Area> {
+    let mut fields = line.split_ascii_whitespace();
+    let (start, end) = fields.next()?.split_once('-')?;
+    let permissions = fields.next()?;
+    let name = fields.nth(3).unwrap_or("");
+    Some(Area {
+        start: usize::from_str_radix(start, 16).ok()?,
+        end: usize::from_str_radix(end, 16).ok()?,
+        sharing: if permissions.ends_with('s') { Sharing::Shared } else { Sharing::Private },
+        hugetlb: name.contains("hugepage") || name.contains("hugetlb") || name.starts_with("/dev/hugepages"),
+    })
+}
+
+pub(crate) fn read_all(path: &str) -> Result<Vec<u8>, Errno> {
+    let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut text = Vec::with_capacity(1 << 14);
+    loop {
+        let mut chunk = [0u8; 4096];
+        match rustix::io::read(&file, &mut chunk)? {
+            0 => return Ok(text),
+            n => text.extend_from_slice(&chunk[..n]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_the_kernel_are_understood() {
+        let area = parse("7f00-7f10 rw-s 00000000 00:01 1044 /memfd:x (deleted)").unwrap();
+        assert_eq!((area.start, area.end, area.sharing, area.hugetlb), (0x7f00, 0x7f10, Sharing::Shared, false));
+        assert!(parse("7f00-7f10 rw-p 0 00:0f 1044 /anon_hugepage (deleted)").unwrap().hugetlb);
+        assert_eq!(parse("7f00-7f10 ---p 0 00:00 0").unwrap().sharing, Sharing::Private);
+        assert_eq!(parse(""), None);
+    }
+
+    #[test]
+    fn own_stack_is_found() {
+        let here = 0u8;
+        let address = (&raw const here).addr();
+        let found = areas(address, address + 1).unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!((found[0].start, found[0].end), (address, address + 1));
+    }
+}

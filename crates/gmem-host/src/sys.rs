@@ -1,0 +1,106 @@
+//! System calls that the libraries in use do not wrap, issued from this crate's own code.
+//!
+//! Everything in this crate enters the kernel from the text of the object it is linked into, never through libc: a client
+//! may have a seccomp filter that knows nothing of gmem, and a rule for one range of instruction addresses can be put in
+//! front of it.
+
+use core::arch::asm;
+
+use rustix::fd::{AsRawFd, BorrowedFd};
+use rustix::io::Errno;
+
+const SYS_IOCTL: usize = 16;
+const SYS_PROCESS_VM_READV: usize = 310;
+const SYS_PROCESS_VM_WRITEV: usize = 311;
+
+/// # Safety
+/// The call must be one that cannot break memory safety with these arguments.
+#[inline]
+unsafe fn syscall6(nr: usize, args: [usize; 6]) -> Result<usize, Errno> {
+    let ret: isize;
+    // SAFETY: the registers are those of the x86-64 kernel ABI; rcx and r11 are clobbered by `syscall`. What the call itself
+    // does is the caller's promise.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") nr => ret,
+            in("rdi") args[0],
+            in("rsi") args[1],
+            in("rdx") args[2],
+            in("r10") args[3],
+            in("r8") args[4],
+            in("r9") args[5],
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack)
+        );
+    }
+    match usize::try_from(ret) {
+        Ok(value) => Ok(value),
+        Err(_) => Err(i32::try_from(-ret).map_or(Errno::INVAL, Errno::from_raw_os_error)),
+    }
+}
+
+/// `ioctl` with an argument that is a number or an address which only the kernel interprets.
+///
+/// # Errors
+/// The kernel's.
+///
+/// # Safety
+/// `request` and `arg` must not make the kernel write to memory that Rust code relies on.
+pub unsafe fn ioctl(fd: BorrowedFd<'_>, request: u32, arg: usize) -> Result<i32, Errno> {
+    let fd = usize::try_from(fd.as_raw_fd()).map_err(|_| Errno::BADF)?;
+    // SAFETY: passed on to the caller.
+    let value = unsafe { syscall6(SYS_IOCTL, [fd, request as usize, arg, 0, 0, 0]) }?;
+    i32::try_from(value).map_err(|_| Errno::OVERFLOW)
+}
+
+#[repr(C)]
+struct IoVec {
+    base: usize,
+    len: usize,
+}
+
+fn transfer(nr: usize, local: usize, remote: usize, len: usize) -> Result<(), Errno> {
+    let pid = usize::try_from(rustix::process::getpid().as_raw_nonzero().get()).map_err(|_| Errno::SRCH)?;
+    let (local, remote) = (IoVec { base: local, len }, IoVec { base: remote, len });
+    let args = [pid, (&raw const local).addr(), 1, (&raw const remote).addr(), 1, 0];
+    // SAFETY: both vectors live until the call returns. `local` names memory that the two callers below borrow for the
+    // right kind of access; `remote` is checked by the kernel.
+    let done = unsafe { syscall6(nr, args) }.map_err(|_| Errno::FAULT)?;
+    if done == len { Ok(()) } else { Err(Errno::FAULT) }
+}
+
+/// Copies from an address that a client gave, which may be bad.
+///
+/// # Errors
+/// EFAULT if any byte cannot be read; the buffer may then be partly filled.
+pub fn copy_from_client(address: usize, buffer: &mut [u8]) -> Result<(), Errno> {
+    transfer(SYS_PROCESS_VM_READV, buffer.as_mut_ptr().addr(), address, buffer.len())
+}
+
+/// Copies to an address that a client gave, which may be bad.
+///
+/// # Errors
+/// EFAULT if any byte cannot be written.
+///
+/// The address must be one that the client expects the kernel to write to: a client that names memory of its own Rust or
+/// C objects here gets what it would get from the kernel.
+pub fn copy_to_client(address: usize, bytes: &[u8]) -> Result<(), Errno> {
+    transfer(SYS_PROCESS_VM_WRITEV, bytes.as_ptr().addr(), address, bytes.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_addresses_are_errors_and_not_signals() {
+        let mut word = [0u8; 8];
+        assert_eq!(copy_from_client(16, &mut word), Err(Errno::FAULT));
+        assert_eq!(copy_to_client(usize::MAX - 100, &word), Err(Errno::FAULT));
+        let source = 0x1122_3344_5566_7788u64.to_le_bytes();
+        copy_from_client(source.as_ptr().addr(), &mut word).unwrap();
+        assert_eq!(word, source);
+    }
+}

@@ -1,0 +1,207 @@
+//! Windows: the stage-2 view of a memory slot as a range of this process's address space.
+//!
+//! The real memory slot of KVM has the window's address as its `userspace_addr`. What is mapped into the window is what the
+//! guest has: the VMM's own page for a shared frame, a page of gmem's backing for a private one, nothing for a frame that
+//! must not be reached. The kernel's MMU notifier takes KVM's mappings away whenever the window changes.
+
+use std::collections::BTreeMap;
+
+use gmem_core::addr::{Gfn, GfnRange, PAGE_SHIFT};
+use gmem_core::runs::{Linear, RunMap};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::backing::{self, Backing};
+
+/// What a window shows for a run of frames.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Shows {
+    /// Nothing.
+    Nothing,
+    /// The VMM's memory at this address.
+    Client(usize),
+    /// Backing number `.0` from byte `.1` on.
+    Backing(u32, u64),
+}
+
+impl Linear for Shows {
+    fn advance(&self, pages: u64) -> Self {
+        let bytes = pages << PAGE_SHIFT;
+        match *self {
+            Self::Nothing => Self::Nothing,
+            Self::Client(address) => Self::Client(address.wrapping_add(usize::try_from(bytes).unwrap_or(usize::MAX))),
+            Self::Backing(file, offset) => Self::Backing(file, offset.wrapping_add(bytes)),
+        }
+    }
+}
+
+/// Backings by number, as a window needs them.
+pub type Backings = BTreeMap<u32, Backing>;
+
+/// A reserved range of address space that stands for the frames of one slot.
+///
+/// Invariant: `base..base + len` was mapped by [`Window::reserve`] and is unmapped by `drop` only; no Rust reference ever
+/// points into it. Every unsafe call below relies on this.
+#[derive(Debug)]
+pub struct Window {
+    base: usize,
+    len: usize,
+    gfns: GfnRange,
+    shown: RunMap<Shows>,
+}
+
+const HUGE_1G: usize = 1 << 30;
+const HUGE_2M: usize = 1 << 21;
+
+impl Window {
+    /// Address space for `gfns`, congruent with the guest address so that huge mappings fit, showing nothing.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn reserve(gfns: GfnRange) -> Result<Self, Errno> {
+        let len = usize::try_from(gfns.len()).ok().and_then(|pages| pages.checked_mul(1 << PAGE_SHIFT));
+        let len = len.ok_or(Errno::NOMEM)?;
+        let align = if len >= HUGE_1G { HUGE_1G } else { HUGE_2M };
+        let room = len.checked_add(align).ok_or(Errno::NOMEM)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
+        let start =
+            unsafe { rustix::mm::mmap_anonymous(core::ptr::null_mut(), room, ProtFlags::empty(), flags) }?.addr();
+        let wanted = usize::try_from(gfns.start().gpa()).unwrap_or(0) & (align - 1);
+        let base = start + (wanted.wrapping_sub(start) & (align - 1));
+        trim(start, base);
+        trim(base + len, start + room);
+        let mut shown = RunMap::new();
+        shown.insert(gfns.start().0, gfns.len(), Shows::Nothing);
+        Ok(Self { base, len, gfns, shown })
+    }
+
+    /// Address of the first frame.
+    #[must_use]
+    pub fn base(&self) -> usize {
+        self.base
+    }
+
+    /// The frames.
+    #[must_use]
+    pub fn gfns(&self) -> GfnRange {
+        self.gfns
+    }
+
+    /// The same window for frames that start elsewhere.
+    pub fn move_to(&mut self, start: Gfn) -> Result<(), Errno> {
+        let gfns = self.gfns.rebase(start).ok_or(Errno::INVAL)?;
+        let mut shown = RunMap::new();
+        for (first, len, shows) in self.shown.iter() {
+            shown.insert(first - self.gfns.start().0 + start.0, len, *shows);
+        }
+        (self.gfns, self.shown) = (gfns, shown);
+        Ok(())
+    }
+
+    /// Where a frame of the window lies, and what is shown there.
+    #[must_use]
+    pub fn at(&self, gfn: Gfn) -> Option<(usize, Shows)> {
+        let shows = self.shown.get(gfn.0)?;
+        Some((self.address_of(gfn), shows))
+    }
+
+    fn address_of(&self, gfn: Gfn) -> usize {
+        let bytes = (gfn.0 - self.gfns.start().0) << PAGE_SHIFT;
+        self.base + usize::try_from(bytes).unwrap_or(0)
+    }
+
+    /// Shows `shows` for `range` from now on. Pieces that show it already are left alone.
+    ///
+    /// # Errors
+    /// ENOMEM when the process has too many mappings; what has been changed until then stays and is remembered.
+    pub fn show(&mut self, range: GfnRange, shows: Shows, backings: &Backings) -> Result<(), Errno> {
+        let Some(range) = self.gfns.intersect(range) else { return Ok(()) };
+        let pieces: Vec<_> = self.shown.runs(range.start().0, range.len()).collect();
+        let same = |(start, _, shown): &(u64, u64, Shows)| *shown == shows.advance(start - range.start().0);
+        if pieces.iter().all(same) {
+            return Ok(());
+        }
+        self.replace(range, shows, backings)
+    }
+
+    /// Like [`Window::show`], also where nothing seems to change: the client's own mapping was replaced.
+    ///
+    /// # Errors
+    /// As [`Window::show`].
+    pub fn replace(&mut self, range: GfnRange, shows: Shows, backings: &Backings) -> Result<(), Errno> {
+        let Some(range) = self.gfns.intersect(range) else { return Ok(()) };
+        let address = self.address_of(range.start());
+        let len = usize::try_from(range.len() << PAGE_SHIFT).map_err(|_| Errno::NOMEM)?;
+        // SAFETY: the range lies in the window (invariant of the type).
+        unsafe { map(address, len, shows, backings) }?;
+        self.shown.insert(range.start().0, range.len(), shows);
+        Ok(())
+    }
+
+    /// Number of runs that are mapped differently; the kernel has one VMA for each.
+    #[must_use]
+    pub fn run_count(&self) -> usize {
+        self.shown.run_count()
+    }
+}
+
+/// # Safety
+/// `[address, address + len)` must lie in a window.
+unsafe fn map(address: usize, len: usize, shows: Shows, backings: &Backings) -> Result<(), Errno> {
+    // SAFETY: all three replace a part of a window, which the caller owns.
+    unsafe {
+        match shows {
+            Shows::Nothing => backing::map_nothing_at(address, len),
+            Shows::Client(from) => alias_or_nothing(from, address, len),
+            Shows::Backing(number, offset) => {
+                let backing = backings.get(&number).ok_or(Errno::BADF)?;
+                backing.map_at(address, len, offset)?;
+                if len >= HUGE_2M {
+                    backing::prefer_huge_pages(address, len);
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Aliases the client's memory piece by piece; holes in it become holes of the window, as KVM would find them.
+///
+/// # Safety
+/// `[to, to + len)` must lie in a window.
+unsafe fn alias_or_nothing(from: usize, to: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: of the caller.
+    match unsafe { backing::alias_at(from, to, len) } {
+        Ok(()) => return Ok(()),
+        Err(Errno::NOMEM) => return Err(Errno::NOMEM),
+        Err(_) => {}
+    }
+    // SAFETY: of the caller.
+    unsafe { backing::map_nothing_at(to, len) }?;
+    for area in crate::maps::areas(from, from.saturating_add(len))? {
+        let offset = area.start - from;
+        // A device mapping cannot be duplicated; it stays out of the guest's reach.
+        // SAFETY: the piece lies in the part of the window that the caller named.
+        match unsafe { backing::alias_at(area.start, to + offset, area.end - area.start) } {
+            Err(Errno::NOMEM) => return Err(Errno::NOMEM),
+            // SAFETY: as above; a failed duplication may have unmapped its target.
+            Err(_) => unsafe { backing::map_nothing_at(to + offset, area.end - area.start) }?,
+            Ok(()) => {}
+        }
+    }
+    Ok(())
+}
+
+fn trim(start: usize, end: usize) {
+    if start < end {
+        // SAFETY: both callers name parts of a mapping that was made a moment ago and that nothing refers to.
+        let _ = unsafe { rustix::mm::munmap(backing::pointer(start), end - start) };
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        trim(self.base, self.base + self.len);
+    }
+}
