@@ -70,6 +70,7 @@ impl Invalidation {
     }
 
     /// Ends a change: faults that began before now are stale.
+    #[expect(clippy::needless_pass_by_value, reason = "taking the token back is the point")]
     pub fn end(&mut self, begun: Begun) {
         let Begun(()) = begun;
         self.sequence = self.sequence.wrapping_add(1);

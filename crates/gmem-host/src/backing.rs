@@ -54,6 +54,23 @@ impl Backing {
         self.fd.as_fd()
     }
 
+    /// Maps the memory where and how the client asks for it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn map_for_client(
+        &self,
+        address: usize,
+        len: usize,
+        prot: u32,
+        flags: u32,
+        offset: u64,
+    ) -> Result<usize, Errno> {
+        let (prot, flags) = (ProtFlags::from_bits_retain(prot), MapFlags::from_bits_retain(flags));
+        // SAFETY: the client asked for exactly this call; what it replaces with MAP_FIXED is its own decision.
+        unsafe { rustix::mm::mmap(pointer(address), len, prot, flags, &self.fd, offset) }.map(|base| base.addr())
+    }
+
     /// Writes into the memory, whatever kind of pages it has.
     ///
     /// # Errors

@@ -6,6 +6,8 @@
 pub mod backing;
 pub mod client;
 pub mod fds;
+pub mod kvm;
 pub mod maps;
 pub mod sys;
+pub mod vcpu;
 pub mod window;

@@ -39,6 +39,15 @@ pub fn areas(start: usize, end: usize) -> Result<Vec<Area>, Errno> {
     Ok(areas.filter(|area| area.start < area.end).collect())
 }
 
+/// The whole mapped area that holds `address`.
+#[must_use]
+pub fn area_around(address: usize) -> Option<(usize, usize)> {
+    let text = read_all("/proc/self/maps").ok()?;
+    let lines = text.split(|byte| *byte == b'\n').filter_map(|line| core::str::from_utf8(line).ok());
+    let area = lines.filter_map(parse).find(|area| area.start <= address && address < area.end)?;
+    Some((area.start, area.end))
+}
+
 fn parse(line: &str) -> Option<Area> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;

@@ -302,7 +302,9 @@ impl Vm {
         self.has_private_memory() || self.rules.files_without_private_memory
     }
 
-    fn serves_every_fault(&self, flags: FileFlags) -> bool {
+    /// Whether slots bound to a file with these flags take every page from it.
+    #[must_use]
+    pub fn serves_every_fault(&self, flags: FileFlags) -> bool {
         flags.contains(FileFlags::MMAP) || self.rules.tracking == crate::vm::Tracking::InPlace
     }
 }

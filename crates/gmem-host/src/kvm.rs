@@ -1,0 +1,183 @@
+//! The few KVM calls that gmem makes itself.
+//!
+//! They are safe: what a vCPU does to memory it does to windows, which no Rust code refers to, and to memory that a client
+//! declared to be its guest's.
+
+use core::ptr::NonNull;
+
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::sys;
+use crate::vcpu::RunArea;
+
+const CREATE_VM: u32 = 0xae01;
+const CHECK_EXTENSION: u32 = 0xae03;
+const GET_VCPU_MMAP_SIZE: u32 = 0xae04;
+const CREATE_VCPU: u32 = 0xae41;
+const RUN: u32 = 0xae80;
+const SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
+const PRE_FAULT_MEMORY: u32 = 0xc040_aed5;
+
+/// A real memory slot.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Region {
+    /// Address space and number.
+    pub slot: u32,
+    /// `KVM_MEM_*`.
+    pub flags: u32,
+    /// Bytes.
+    pub guest_phys_addr: u64,
+    /// Bytes; 0 deletes the slot.
+    pub memory_size: u64,
+    /// Where the memory is.
+    pub userspace_addr: u64,
+}
+
+/// `KVM_CHECK_EXTENSION` on the system or a VM; 0 for what the kernel does not know.
+#[must_use]
+pub fn check_extension(fd: BorrowedFd<'_>, capability: u32) -> i32 {
+    // SAFETY: the argument is a number.
+    unsafe { sys::ioctl(fd, CHECK_EXTENSION, capability as usize) }.unwrap_or(0)
+}
+
+/// `KVM_CREATE_VM`. The descriptor has the number that the client would get.
+///
+/// # Errors
+/// The kernel's.
+pub fn create_vm(kvm: BorrowedFd<'_>, vm_type: usize) -> Result<OwnedFd, Errno> {
+    // SAFETY: the argument is a number.
+    let fd = unsafe { sys::ioctl(kvm, CREATE_VM, vm_type) }?;
+    // SAFETY: the kernel has just made the descriptor and no one else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `KVM_CREATE_VCPU`.
+///
+/// # Errors
+/// The kernel's.
+pub fn create_vcpu(vm: BorrowedFd<'_>, id: usize) -> Result<OwnedFd, Errno> {
+    // SAFETY: the argument is a number.
+    let fd = unsafe { sys::ioctl(vm, CREATE_VCPU, id) }?;
+    // SAFETY: the kernel has just made the descriptor and no one else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `KVM_SET_USER_MEMORY_REGION`.
+///
+/// # Errors
+/// The kernel's.
+pub fn set_region(vm: BorrowedFd<'_>, region: &Region) -> Result<(), Errno> {
+    // SAFETY: the kernel only reads the structure, which lives until the call returns.
+    unsafe { sys::ioctl(vm, SET_USER_MEMORY_REGION, (&raw const *region).addr()) }.map(|_| ())
+}
+
+/// `KVM_RUN`.
+///
+/// # Errors
+/// The kernel's.
+pub fn run(vcpu: BorrowedFd<'_>) -> Result<i32, Errno> {
+    // SAFETY: the guest touches what its slots show (see the module).
+    unsafe { sys::ioctl(vcpu, RUN, 0) }
+}
+
+/// `KVM_PRE_FAULT_MEMORY` for `size` bytes from `gpa`; returns what is left of both.
+///
+/// # Errors
+/// The kernel's; ENOTTY or EINVAL where it has no such call.
+pub fn pre_fault(vcpu: BorrowedFd<'_>, gpa: u64, size: u64) -> Result<(u64, u64), Errno> {
+    let mut range = [gpa, size, 0, 0, 0, 0, 0, 0];
+    // SAFETY: the kernel reads and writes the 64 bytes of `range`.
+    unsafe { sys::ioctl(vcpu, PRE_FAULT_MEMORY, range.as_mut_ptr().addr()) }?;
+    Ok((range[0], range[1]))
+}
+
+/// A mapping of a vCPU's shared pages (`struct kvm_run`), unmapped on drop.
+#[derive(Debug)]
+pub struct RunMapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the pointer is used through `RunArea` only, whose contract covers all threads, and to unmap.
+unsafe impl Send for RunMapping {}
+// SAFETY: as above.
+unsafe impl Sync for RunMapping {}
+
+impl RunMapping {
+    /// Maps the shared pages of `vcpu`.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn new(kvm: BorrowedFd<'_>, vcpu: BorrowedFd<'_>) -> Result<Self, Errno> {
+        // SAFETY: the call takes no argument.
+        let len = unsafe { sys::ioctl(kvm, GET_VCPU_MMAP_SIZE, 0) }?;
+        let len = usize::try_from(len).map_err(|_| Errno::INVAL)?;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
+        let base = unsafe { rustix::mm::mmap(core::ptr::null_mut(), len, prot, MapFlags::SHARED, vcpu, 0) }?;
+        let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
+        Ok(Self { base, len })
+    }
+
+    /// The fields of the mapping. To be used by the thread that has just returned from [`run`], as the client does.
+    #[must_use]
+    pub fn area(&self) -> RunArea {
+        // SAFETY: the mapping is readable, writable and as long as the kernel says, and it lives as long as `self`, which
+        // whoever runs the vCPU holds. The kernel lets one thread at a time run a vCPU.
+        unsafe { RunArea::new(self.base) }
+    }
+}
+
+impl Drop for RunMapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`; users of the address hold a reference to the mapping.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Whether a descriptor is `/dev/kvm`.
+#[must_use]
+pub fn is_kvm_device(fd: BorrowedFd<'_>) -> bool {
+    const KVM_MINOR: u32 = 232;
+    let Ok(stat) = rustix::fs::fstat(fd) else { return false };
+    let character = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::CharacterDevice;
+    character && rustix::fs::major(stat.st_rdev) == 10 && rustix::fs::minor(stat.st_rdev) == KVM_MINOR
+}
+
+/// A descriptor that a client names by number, without owning it.
+///
+/// # Errors
+/// EBADF for numbers that no descriptor has.
+pub fn with_client_fd<T>(fd: i32, then: impl FnOnce(BorrowedFd<'_>) -> Result<T, Errno>) -> Result<T, Errno> {
+    if fd < 0 {
+        return Err(Errno::BADF);
+    }
+    // SAFETY: the number is only passed to the kernel, which answers EBADF if it is not open; nothing here closes it or
+    // assumes what it is.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    then(borrowed)
+}
+
+/// Whether a number names an open descriptor.
+#[must_use]
+pub fn is_open(fd: i32) -> bool {
+    with_client_fd(fd, |fd| rustix::io::fcntl_getfd(fd).map(|_| ())).is_ok()
+}
+
+/// Gives a descriptor away to the client.
+#[must_use]
+pub fn into_client(fd: OwnedFd) -> i32 {
+    use rustix::fd::IntoRawFd;
+    fd.into_raw_fd()
+}
+
+/// A second descriptor for `fd`, out of the way of the client's numbering.
+///
+/// # Errors
+/// EMFILE.
+pub fn hidden_copy(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    crate::fds::hide(rustix::io::fcntl_dupfd_cloexec(fd.as_fd(), fd.as_raw_fd())?)
+}

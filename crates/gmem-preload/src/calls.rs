@@ -1,0 +1,420 @@
+//! The exported functions. Each is the libc function of its name, so the safety of each is that function's.
+#![expect(clippy::missing_safety_doc, reason = "the contract of every function here is that of its namesake in libc")]
+
+use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_ulong, c_void};
+
+use gmem_uapi::FileCall;
+use libc::{mode_t, off_t, size_t, ssize_t};
+
+use crate::{answer, process, real, seccomp, tell};
+
+/// The kernel compares the low 32 bits; C callers may pass a sign-extended number.
+#[expect(clippy::cast_possible_truncation, reason = "the kernel ignores the upper half")]
+fn request(number: c_ulong) -> u32 {
+    number as u32
+}
+
+fn unsigned(value: off_t) -> u64 {
+    u64::from_ne_bytes(value.to_ne_bytes())
+}
+
+fn bits(value: c_int) -> u32 {
+    u32::from_ne_bytes(value.to_ne_bytes())
+}
+
+/// A file call of several whose answers are small errors or 0.
+fn file_call(fd: c_int, call: FileCall, real: impl FnOnce() -> i64) -> i64 {
+    answer(|process| process.file_call(fd, call), real)
+}
+
+fn file_call_int(fd: c_int, call: FileCall, real: impl FnOnce() -> c_int) -> c_int {
+    c_int::try_from(file_call(fd, call, || i64::from(real()))).unwrap_or(-1)
+}
+
+macro_rules! export {
+    ($($(#[$meta:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) -> $ret:ty $body:block)*) => {
+        $(
+            $(#[$meta])*
+            #[doc = concat!("`", stringify!($name), "` of libc.")]
+            #[unsafe(no_mangle)]
+            pub(crate) unsafe extern "C" fn $name($($arg: $type),*) -> $ret {
+                // SAFETY: the arguments go to libc's function of this name, or to gmem, which treats them as claims.
+                unsafe { $body }
+            }
+        )*
+    };
+}
+
+export! {
+    fn ioctl(fd: c_int, number: c_ulong, arg: usize) -> c_int {
+        answer(|process| process.ioctl(fd, request(number), arg), || real::ioctl(fd, number, arg))
+    }
+
+    fn close(fd: c_int) -> c_int {
+        // Before the real call: afterwards another thread may get the number.
+        tell(|process| process.closed(fd));
+        real::close(fd)
+    }
+
+    fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+        const CLOEXEC: c_int = 4;
+        if flags & CLOEXEC == 0 {
+            let clip = |fd: c_uint| c_int::try_from(fd).unwrap_or(c_int::MAX);
+            tell(|process| process.closed_range(clip(first), clip(last)));
+        }
+        real::close_range(first, last, flags)
+    }
+
+    fn closefrom(first: c_int) -> () {
+        let _ = close_range(c_uint::try_from(first).unwrap_or(0), c_uint::MAX, 0);
+    }
+
+    fn dup(fd: c_int) -> c_int {
+        duplicated(fd, real::dup(fd))
+    }
+
+    fn dup2(fd: c_int, copy: c_int) -> c_int {
+        if fd == copy { real::dup2(fd, copy) } else { duplicated(fd, real::dup2(fd, copy)) }
+    }
+
+    fn dup3(fd: c_int, copy: c_int, flags: c_int) -> c_int {
+        duplicated(fd, real::dup3(fd, copy, flags))
+    }
+
+    fn fcntl(fd: c_int, command: c_int, arg: usize) -> c_int {
+        fcntl64(fd, command, arg)
+    }
+
+    fn fcntl64(fd: c_int, command: c_int, arg: usize) -> c_int {
+        let result = real::fcntl64(fd, command, arg);
+        match command {
+            libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => duplicated(fd, result),
+            _ => result,
+        }
+    }
+
+    fn mmap(address: usize, len: size_t, prot: c_int, flags: c_int, fd: c_int, offset: off_t) -> usize {
+        mmap64(address, len, prot, flags, fd, offset)
+    }
+
+    fn mmap64(address: usize, len: size_t, prot: c_int, flags: c_int, fd: c_int, offset: off_t) -> usize {
+        let anonymous = flags & libc::MAP_ANONYMOUS != 0;
+        let base = answer(
+            |process| match anonymous {
+                true => gmem_uapi::Answer::Pass,
+                false => process.mmap(address, len, bits(prot), bits(flags), fd, unsigned(offset)),
+            },
+            || real::mmap64(address, len, prot, flags, fd, offset),
+        );
+        // Only a fixed address can replace guest memory.
+        if flags & libc::MAP_FIXED != 0 && base == address {
+            tell(|process| process.mapping_changed(address, len));
+        }
+        base
+    }
+
+    fn munmap(address: usize, len: size_t) -> c_int {
+        let result = real::munmap(address, len);
+        if result == 0 {
+            tell(|process| process.mapping_changed(address, len));
+        }
+        result
+    }
+
+    fn mremap(address: usize, old: size_t, new: size_t, flags: c_int, target: usize) -> usize {
+        let base = real::mremap(address, old, new, flags, target);
+        if base != usize::MAX {
+            tell(|process| {
+                process.mapping_changed(address, old);
+                process.mapping_changed(base, new);
+            });
+        }
+        base
+    }
+
+    fn madvise(address: usize, len: size_t, advice: c_int) -> c_int {
+        let result = real::madvise(address, len, advice);
+        if result == 0 && advice == libc::MADV_DONTNEED {
+            tell(|process| { let _ = process.advise_dontneed(address, len); });
+        }
+        result
+    }
+
+    fn read(fd: c_int, buffer: *mut c_void, count: size_t) -> ssize_t {
+        answer_size(fd, FileCall::ReadWrite, || real::read(fd, buffer, count))
+    }
+
+    fn write(fd: c_int, buffer: *const c_void, count: size_t) -> ssize_t {
+        answer_size(fd, FileCall::ReadWrite, || real::write(fd, buffer, count))
+    }
+
+    fn readv(fd: c_int, vectors: *const c_void, count: c_int) -> ssize_t {
+        answer_size(fd, FileCall::ReadWrite, || real::readv(fd, vectors, count))
+    }
+
+    fn writev(fd: c_int, vectors: *const c_void, count: c_int) -> ssize_t {
+        answer_size(fd, FileCall::ReadWrite, || real::writev(fd, vectors, count))
+    }
+
+    fn pread(fd: c_int, buffer: *mut c_void, count: size_t, offset: off_t) -> ssize_t {
+        pread64(fd, buffer, count, offset)
+    }
+
+    fn pread64(fd: c_int, buffer: *mut c_void, count: size_t, offset: off_t) -> ssize_t {
+        answer_size(fd, FileCall::ReadWriteAt, || real::pread64(fd, buffer, count, offset))
+    }
+
+    fn pwrite(fd: c_int, buffer: *const c_void, count: size_t, offset: off_t) -> ssize_t {
+        pwrite64(fd, buffer, count, offset)
+    }
+
+    fn pwrite64(fd: c_int, buffer: *const c_void, count: size_t, offset: off_t) -> ssize_t {
+        answer_size(fd, FileCall::ReadWriteAt, || real::pwrite64(fd, buffer, count, offset))
+    }
+
+    fn preadv(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t) -> ssize_t {
+        preadv64(fd, vectors, count, offset)
+    }
+
+    fn preadv64(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t) -> ssize_t {
+        answer_size(fd, FileCall::ReadWriteAt, || real::preadv64(fd, vectors, count, offset))
+    }
+
+    fn pwritev(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t) -> ssize_t {
+        pwritev64(fd, vectors, count, offset)
+    }
+
+    fn pwritev64(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t) -> ssize_t {
+        answer_size(fd, FileCall::ReadWriteAt, || real::pwritev64(fd, vectors, count, offset))
+    }
+
+    fn preadv2(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t, flags: c_int) -> ssize_t {
+        preadv64v2(fd, vectors, count, offset, flags)
+    }
+
+    fn preadv64v2(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t, flags: c_int) -> ssize_t {
+        answer_size(fd, at(offset), || real::preadv64v2(fd, vectors, count, offset, flags))
+    }
+
+    fn pwritev2(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t, flags: c_int) -> ssize_t {
+        pwritev64v2(fd, vectors, count, offset, flags)
+    }
+
+    fn pwritev64v2(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t, flags: c_int) -> ssize_t {
+        answer_size(fd, at(offset), || real::pwritev64v2(fd, vectors, count, offset, flags))
+    }
+
+    fn lseek(fd: c_int, offset: off_t, whence: c_int) -> off_t {
+        lseek64(fd, offset, whence)
+    }
+
+    fn lseek64(fd: c_int, offset: off_t, whence: c_int) -> off_t {
+        file_call(fd, FileCall::Seek, || real::lseek64(fd, offset, whence))
+    }
+
+    fn ftruncate(fd: c_int, len: off_t) -> c_int {
+        ftruncate64(fd, len)
+    }
+
+    fn ftruncate64(fd: c_int, len: off_t) -> c_int {
+        file_call_int(fd, FileCall::ChangeInode, || real::ftruncate64(fd, len))
+    }
+
+    fn fallocate(fd: c_int, mode: c_int, offset: off_t, len: off_t) -> c_int {
+        fallocate64(fd, mode, offset, len)
+    }
+
+    fn fallocate64(fd: c_int, mode: c_int, offset: off_t, len: off_t) -> c_int {
+        let call = FileCall::Fallocate { mode, offset, len };
+        file_call_int(fd, call, || real::fallocate64(fd, mode, offset, len))
+    }
+
+    fn fsync(fd: c_int) -> c_int {
+        file_call_int(fd, FileCall::Sync, || real::fsync(fd))
+    }
+
+    fn fdatasync(fd: c_int) -> c_int {
+        file_call_int(fd, FileCall::Sync, || real::fdatasync(fd))
+    }
+
+    fn fchmod(fd: c_int, mode: mode_t) -> c_int {
+        file_call_int(fd, FileCall::ChangeInode, || real::fchmod(fd, mode))
+    }
+
+    fn futimens(fd: c_int, times: *const c_void) -> c_int {
+        file_call_int(fd, FileCall::ChangeInode, || real::futimens(fd, times))
+    }
+
+    fn sendfile(to: c_int, from: c_int, offset: *mut c_void, count: size_t) -> ssize_t {
+        sendfile64(to, from, offset, count)
+    }
+
+    fn sendfile64(to: c_int, from: c_int, offset: *mut c_void, count: size_t) -> ssize_t {
+        copy_between(from, to, || real::sendfile64(to, from, offset, count))
+    }
+
+    fn splice(from: c_int, from_offset: *mut c_void, to: c_int, to_offset: *mut c_void, len: size_t, flags: c_uint) -> ssize_t {
+        copy_between(from, to, || real::splice(from, from_offset, to, to_offset, len, flags))
+    }
+
+    fn copy_file_range(from: c_int, from_offset: *mut c_void, to: c_int, to_offset: *mut c_void, len: size_t, flags: c_uint) -> ssize_t {
+        copy_between(from, to, || real::copy_file_range(from, from_offset, to, to_offset, len, flags))
+    }
+
+    fn fstat(fd: c_int, stat: *mut libc::stat) -> c_int {
+        fstat64(fd, stat)
+    }
+
+    fn fstat64(fd: c_int, stat: *mut libc::stat) -> c_int {
+        patch(fd, stat, real::fstat64(fd, stat))
+    }
+
+    fn __fxstat(version: c_int, fd: c_int, stat: *mut libc::stat) -> c_int {
+        __fxstat64(version, fd, stat)
+    }
+
+    fn __fxstat64(version: c_int, fd: c_int, stat: *mut libc::stat) -> c_int {
+        patch(fd, stat, real::__fxstat64(version, fd, stat))
+    }
+
+    fn fstatat(dir: c_int, path: *const c_char, stat: *mut libc::stat, flags: c_int) -> c_int {
+        fstatat64(dir, path, stat, flags)
+    }
+
+    fn fstatat64(dir: c_int, path: *const c_char, stat: *mut libc::stat, flags: c_int) -> c_int {
+        let result = real::fstatat64(dir, path, stat, flags);
+        if flags & libc::AT_EMPTY_PATH != 0 { patch(dir, stat, result) } else { result }
+    }
+
+    fn statx(dir: c_int, path: *const c_char, flags: c_int, mask: c_uint, stat: *mut libc::statx) -> c_int {
+        let result = real::statx(dir, path, flags, mask, stat);
+        if result == 0 && flags & libc::AT_EMPTY_PATH != 0 && is_file(dir) {
+            (*stat).stx_nlink = 1;
+        }
+        result
+    }
+
+    fn open(path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
+        open64(path, flags, mode)
+    }
+
+    fn open64(path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
+        if reopens(path) { refuse() } else { real::open64(path, flags, mode) }
+    }
+
+    fn openat(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
+        openat64(dir, path, flags, mode)
+    }
+
+    fn openat64(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
+        if reopens(path) { refuse() } else { real::openat64(dir, path, flags, mode) }
+    }
+
+    fn prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong) -> c_int {
+        if option != libc::PR_SET_SECCOMP || a != libc::SECCOMP_MODE_FILTER as c_ulong {
+            return real::prctl(option, a, b, c, d);
+        }
+        seccomp::with_own_rule(b as usize, |program| real::prctl(option, a, program as c_ulong, c, d))
+    }
+
+    fn syscall(number: c_long, a: usize, b: usize, c: usize, d: usize, e: usize, f: usize) -> c_long {
+        by_number(number, [a, b, c, d, e, f])
+    }
+}
+
+/// Only the calls that gmem stands in front of; everything else goes on as it came.
+///
+/// # Safety
+/// As `syscall` of libc.
+unsafe fn by_number(number: c_long, args: [usize; 6]) -> c_long {
+    let [a, b, c, d, e, f] = args;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "registers hold C ints")]
+    let int = |value: usize| value as c_int;
+    #[expect(clippy::cast_possible_wrap, reason = "registers hold signed offsets")]
+    let offset = |value: usize| value as off_t;
+    #[expect(clippy::cast_possible_wrap, reason = "an address in a register")]
+    let address = |value: usize| value as c_long;
+    // SAFETY: the same call with the same arguments, through the function that stands for it.
+    unsafe {
+        match number {
+            libc::SYS_ioctl => c_long::from(ioctl(int(a), b as c_ulong, c)),
+            libc::SYS_close => c_long::from(close(int(a))),
+            libc::SYS_close_range => c_long::from(close_range(a as c_uint, b as c_uint, int(c))),
+            libc::SYS_dup => c_long::from(dup(int(a))),
+            libc::SYS_dup2 => c_long::from(dup2(int(a), int(b))),
+            libc::SYS_dup3 => c_long::from(dup3(int(a), int(b), int(c))),
+            libc::SYS_fcntl => c_long::from(fcntl64(int(a), int(b), c)),
+            libc::SYS_mmap => address(mmap64(a, b, int(c), int(d), int(e), offset(f))),
+            libc::SYS_munmap => c_long::from(munmap(a, b)),
+            libc::SYS_mremap => address(mremap(a, b, c, int(d), e)),
+            libc::SYS_madvise => c_long::from(madvise(a, b, int(c))),
+            libc::SYS_fallocate => c_long::from(fallocate64(int(a), int(b), offset(c), offset(d))),
+            libc::SYS_ftruncate => c_long::from(ftruncate64(int(a), offset(b))),
+            libc::SYS_lseek => lseek64(int(a), offset(b), int(c)),
+            libc::SYS_seccomp if a == libc::SECCOMP_SET_MODE_FILTER as usize => {
+                seccomp::with_own_rule(c, |program| real::syscall(number, a, b, program, d, e, f))
+            }
+            _ => real::syscall(number, a, b, c, d, e, f),
+        }
+    }
+}
+
+fn answer_size(fd: c_int, call: FileCall, real: impl FnOnce() -> ssize_t) -> ssize_t {
+    // The fast way for everything that is no guest_memfd: one lookup.
+    if !is_file(fd) {
+        return real();
+    }
+    file_call(fd, call, || real() as i64) as ssize_t
+}
+
+/// An offset of -1 means the file's position, as read and write use it.
+fn at(offset: off_t) -> FileCall {
+    if offset == -1 { FileCall::ReadWrite } else { FileCall::ReadWriteAt }
+}
+
+fn copy_between(from: c_int, to: c_int, real: impl FnOnce() -> ssize_t) -> ssize_t {
+    let fd = if is_file(from) { from } else { to };
+    answer_size(fd, FileCall::Copy, real)
+}
+
+fn duplicated(fd: c_int, copy: c_int) -> c_int {
+    if copy >= 0 {
+        tell(|process| process.duplicated(fd, copy));
+    }
+    copy
+}
+
+fn is_file(fd: c_int) -> bool {
+    process().is_some_and(|process| process.file_size(fd).is_some())
+}
+
+/// A guest_memfd's inode has one link; the memfd that stands for it has none.
+///
+/// # Safety
+/// `stat` must have been filled if `result` is 0.
+unsafe fn patch(fd: c_int, stat: *mut libc::stat, result: c_int) -> c_int {
+    if result == 0 && is_file(fd) {
+        // SAFETY: filled by the call that returned 0.
+        unsafe { (*stat).st_nlink = 1 };
+    }
+    result
+}
+
+/// Whether a path names a guest_memfd through /proc/self/fd.
+///
+/// # Safety
+/// As the path of `open`.
+unsafe fn reopens(path: *const c_char) -> bool {
+    if path.is_null() || process().is_none() {
+        return false;
+    }
+    // SAFETY: of the caller; a client that passes a bad pointer to libc's wrapper gets what it gets from `strlen`.
+    let path = unsafe { CStr::from_ptr(path) };
+    let number = path.to_str().ok().and_then(|path| path.strip_prefix("/proc/self/fd/"));
+    number.and_then(|number| number.parse().ok()).is_some_and(is_file)
+}
+
+fn refuse() -> c_int {
+    crate::set_errno(gmem_uapi::Errno::NXIO);
+    -1
+}

@@ -1,0 +1,165 @@
+//! Numbers and layouts of the uAPI (`include/uapi/linux/kvm.h`), little endian, naturally aligned.
+
+use gmem_host::sys;
+use rustix::io::Errno;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// `KVM_GET_API_VERSION`
+pub const GET_API_VERSION: u32 = 0xae00;
+/// `KVM_CREATE_VM`
+pub const CREATE_VM: u32 = 0xae01;
+/// `KVM_CHECK_EXTENSION`
+pub const CHECK_EXTENSION: u32 = 0xae03;
+/// `KVM_GET_VCPU_MMAP_SIZE`
+pub const GET_VCPU_MMAP_SIZE: u32 = 0xae04;
+/// `KVM_CREATE_VCPU`
+pub const CREATE_VCPU: u32 = 0xae41;
+/// `KVM_RUN`
+pub const RUN: u32 = 0xae80;
+/// `KVM_SET_USER_MEMORY_REGION`
+pub const SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
+/// `KVM_SET_USER_MEMORY_REGION2`
+pub const SET_USER_MEMORY_REGION2: u32 = 0x40a0_ae49;
+/// `KVM_SET_MEMORY_ATTRIBUTES`
+pub const SET_MEMORY_ATTRIBUTES: u32 = 0x4020_aed2;
+/// `KVM_CREATE_GUEST_MEMFD`
+pub const CREATE_GUEST_MEMFD: u32 = 0xc040_aed4;
+/// `KVM_PRE_FAULT_MEMORY`
+pub const PRE_FAULT_MEMORY: u32 = 0xc040_aed5;
+
+/// Whether `request` is one of KVM's (type byte 0xae).
+#[must_use]
+pub fn is_kvm(request: u32) -> bool {
+    request >> 8 & 0xff == 0xae
+}
+
+/// Capabilities that gmem answers itself.
+pub mod cap {
+    /// `KVM_CAP_MULTI_ADDRESS_SPACE`
+    pub const MULTI_ADDRESS_SPACE: u32 = 118;
+    /// `KVM_CAP_USER_MEMORY2`
+    pub const USER_MEMORY2: u32 = 231;
+    /// `KVM_CAP_MEMORY_FAULT_INFO`
+    pub const MEMORY_FAULT_INFO: u32 = 232;
+    /// `KVM_CAP_MEMORY_ATTRIBUTES`
+    pub const MEMORY_ATTRIBUTES: u32 = 233;
+    /// `KVM_CAP_GUEST_MEMFD`
+    pub const GUEST_MEMFD: u32 = 234;
+    /// `KVM_CAP_VM_TYPES`
+    pub const VM_TYPES: u32 = 235;
+    /// `KVM_CAP_PRE_FAULT_MEMORY`
+    pub const PRE_FAULT_MEMORY: u32 = 236;
+    /// `KVM_CAP_GUEST_MEMFD_FLAGS`
+    pub const GUEST_MEMFD_FLAGS: u32 = 244;
+}
+
+/// `KVM_MEMORY_ATTRIBUTE_PRIVATE`
+pub const ATTRIBUTE_PRIVATE: u64 = 1 << 3;
+
+/// `struct kvm_userspace_memory_region`
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct MemoryRegion {
+    /// Address space and number.
+    pub slot: u32,
+    /// `KVM_MEM_*`.
+    pub flags: u32,
+    /// Bytes.
+    pub guest_phys_addr: u64,
+    /// Bytes.
+    pub memory_size: u64,
+    /// Address in the VMM.
+    pub userspace_addr: u64,
+}
+
+/// `struct kvm_userspace_memory_region2`
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct MemoryRegion2 {
+    /// The older structure.
+    pub region: MemoryRegion,
+    /// Bytes.
+    pub guest_memfd_offset: u64,
+    /// Descriptor.
+    pub guest_memfd: u32,
+    /// Not checked by the kernel.
+    pub pad1: u32,
+    /// Not checked by the kernel.
+    pub pad2: [u64; 14],
+}
+
+/// `struct kvm_memory_attributes`
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct MemoryAttributes {
+    /// Bytes.
+    pub address: u64,
+    /// Bytes.
+    pub size: u64,
+    /// `KVM_MEMORY_ATTRIBUTE_*`.
+    pub attributes: u64,
+    /// Must be 0.
+    pub flags: u64,
+}
+
+/// `struct kvm_create_guest_memfd`
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct CreateGuestMemfd {
+    /// Bytes.
+    pub size: u64,
+    /// `GUEST_MEMFD_FLAG_*`.
+    pub flags: u64,
+    /// Not checked by the kernel.
+    pub reserved: [u64; 6],
+}
+
+/// `struct kvm_pre_fault_memory`
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct PreFaultMemory {
+    /// Bytes; advanced.
+    pub gpa: u64,
+    /// Bytes; reduced.
+    pub size: u64,
+    /// Must be 0.
+    pub flags: u64,
+    /// Not checked by the kernel.
+    pub padding: [u64; 5],
+}
+
+/// Copies a structure that a client points to.
+///
+/// # Errors
+/// EFAULT.
+pub(crate) fn read<T: FromBytes + IntoBytes>(address: usize) -> Result<T, Errno> {
+    let mut value = T::new_zeroed();
+    sys::copy_from_client(address, value.as_mut_bytes())?;
+    Ok(value)
+}
+
+/// Copies a structure to where a client points.
+///
+/// # Errors
+/// EFAULT.
+pub(crate) fn write<T: IntoBytes + Immutable>(address: usize, value: &T) -> Result<(), Errno> {
+    sys::copy_to_client(address, value.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The size is part of an ioctl's number.
+    #[test]
+    fn sizes_are_those_in_the_numbers() {
+        fn size_in(request: u32) -> usize {
+            (request >> 16 & 0x3fff) as usize
+        }
+        assert_eq!(size_of::<MemoryRegion>(), size_in(SET_USER_MEMORY_REGION));
+        assert_eq!(size_of::<MemoryRegion2>(), size_in(SET_USER_MEMORY_REGION2));
+        assert_eq!(size_of::<MemoryAttributes>(), size_in(SET_MEMORY_ATTRIBUTES));
+        assert_eq!(size_of::<CreateGuestMemfd>(), size_in(CREATE_GUEST_MEMFD));
+        assert_eq!(size_of::<PreFaultMemory>(), size_in(PRE_FAULT_MEMORY));
+    }
+}

@@ -1,0 +1,120 @@
+//! The calls on a guest_memfd's own descriptor.
+
+use std::sync::Arc;
+
+use gmem_core::file::{FileFlags, FileId};
+use gmem_core::vendor::Side;
+use gmem_host::backing::Backing;
+use rustix::io::Errno;
+
+use crate::vm::VmObject;
+
+/// A guest_memfd of an emulated VM. Closed when the last descriptor and the last mapping are gone.
+#[derive(Debug)]
+pub(crate) struct FileObject {
+    pub(crate) vm: Arc<VmObject>,
+    pub(crate) id: FileId,
+    pub(crate) size: u64,
+    pub(crate) flags: FileFlags,
+}
+
+impl Drop for FileObject {
+    fn drop(&mut self) {
+        self.vm.close_file(self.id);
+    }
+}
+
+/// A system call on the descriptor, without its number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FileCall {
+    /// read, readv, write, writev and whatever copies through them.
+    ReadWrite,
+    /// pread, pwrite and their vector forms.
+    ReadWriteAt,
+    /// lseek.
+    Seek,
+    /// ftruncate, fchmod, fchown, futimens: changes of the inode.
+    ChangeInode,
+    /// fsync, fdatasync.
+    Sync,
+    /// fallocate.
+    Fallocate {
+        /// `FALLOC_FL_*`.
+        mode: i32,
+        /// Bytes.
+        offset: i64,
+        /// Bytes.
+        len: i64,
+    },
+    /// sendfile, splice, copy_file_range with the file on either end.
+    Copy,
+}
+
+const KEEP_SIZE: i32 = 1;
+const PUNCH_HOLE: i32 = 2;
+/// Modes that the VFS knows and lets through to a file system.
+const VFS_MODES: [i32; 8] = [0, KEEP_SIZE, KEEP_SIZE | PUNCH_HOLE, 0x08, 0x10, 0x10 | KEEP_SIZE, 0x20, 0x40];
+
+impl FileObject {
+    /// Carries a call out, with the kernel's answer.
+    pub(crate) fn call(&self, call: FileCall) -> Result<i64, Errno> {
+        match call {
+            // The file has neither read nor write, cannot be resized or synced, and has no position.
+            FileCall::ReadWrite | FileCall::ChangeInode | FileCall::Sync | FileCall::Copy => Err(Errno::INVAL),
+            FileCall::ReadWriteAt | FileCall::Seek => Err(Errno::SPIPE),
+            FileCall::Fallocate { mode, offset, len } => self.fallocate(mode, offset, len).map(|()| 0),
+        }
+    }
+
+    /// `vfs_fallocate()`, then `kvm_gmem_fallocate()`.
+    fn fallocate(&self, mode: i32, offset: i64, len: i64) -> Result<(), Errno> {
+        let (start, size) = match (u64::try_from(offset), u64::try_from(len)) {
+            (Ok(start), Ok(size)) if size > 0 => (start, size),
+            _ => return Err(Errno::INVAL),
+        };
+        if !VFS_MODES.contains(&mode) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        offset.checked_add(len).ok_or(Errno::FBIG)?;
+        match mode {
+            KEEP_SIZE => self.vm.allocate(self.id, start, size),
+            mode if mode == KEEP_SIZE | PUNCH_HOLE => self.vm.punch(self.id, start, size),
+            _ => Err(Errno::OPNOTSUPP),
+        }
+    }
+
+    /// `mmap` of the descriptor.
+    pub(crate) fn map(&self, map: Map) -> Result<usize, Errno> {
+        const MAP_TYPE: u32 = 0x0f;
+        const MAP_PRIVATE: u32 = 0x02;
+        if !self.flags.contains(FileFlags::MMAP) {
+            return Err(Errno::NODEV);
+        }
+        if map.flags & MAP_TYPE == MAP_PRIVATE {
+            return Err(Errno::INVAL);
+        }
+        let state = self.vm.read();
+        let kind = state.core.file(self.id).map_or(Side::Private, gmem_core::file::File::kind);
+        match kind {
+            Side::Shared => map.of(state.backing(self.id).ok_or(Errno::BADF)?),
+            // Every access beyond the end of an empty file is SIGBUS, as it is to a private page.
+            Side::Private => map.of(&Backing::new(0)?),
+        }
+    }
+}
+
+/// Arguments of `mmap` besides the descriptor.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Map {
+    pub(crate) address: usize,
+    pub(crate) len: usize,
+    pub(crate) prot: u32,
+    pub(crate) flags: u32,
+    pub(crate) offset: u64,
+}
+
+impl Map {
+    fn of(self, backing: &Backing) -> Result<usize, Errno> {
+        backing.map_for_client(self.address, self.len, self.prot, self.flags, self.offset)
+    }
+}

@@ -1,0 +1,360 @@
+//! A client process: which of its descriptors are gmem's, and the dispatch of its calls.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+
+use gmem_core::file::FileFlags;
+use gmem_core::ops::{Claim, FileClaim};
+use gmem_core::slot::SlotFlags;
+use gmem_host::client::ClientMemory;
+use gmem_host::{fds, kvm};
+use rustix::fd::AsFd;
+use rustix::io::Errno;
+
+use crate::abi::{self, CreateGuestMemfd, MemoryAttributes, MemoryRegion, MemoryRegion2};
+use crate::capability;
+use crate::memfd::{FileCall, FileObject, Map};
+use crate::native::Native;
+use crate::profile::Profile;
+use crate::vcpu::VcpuObject;
+use crate::vm::{VmObject, lock};
+
+/// Which kernel to be, and for which VM types.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// The kernel whose behaviour the client sees.
+    pub profile: &'static Profile,
+    /// Bit mask of the VM types that gmem provides. All others are the host's.
+    pub emulated: u32,
+}
+
+impl Config {
+    /// The VM types that gmem can provide.
+    pub const TYPES: u32 = 0b11;
+
+    /// Provides the types of `wanted` that the host has not, or all of them if `always`.
+    #[must_use]
+    pub fn for_host(native: &Native, profile: &'static Profile, wanted: u32, always: bool) -> Self {
+        let missing = |vm_type: &u32| always || !native.has_type(*vm_type, profile);
+        let types = (0..32).filter(|vm_type| wanted & Self::TYPES & 1 << vm_type != 0);
+        Self { profile, emulated: types.filter(missing).map(|vm_type| 1 << vm_type).sum() }
+    }
+}
+
+/// What becomes of a call.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Answer<T> {
+    /// None of gmem's business: the real call is to be made.
+    Pass,
+    /// This is the result; no real call.
+    Done(Result<T, Errno>),
+}
+
+#[derive(Clone, Debug)]
+enum Entry {
+    Vm(Arc<VmObject>),
+    Vcpu(Arc<VcpuObject>),
+    File(Arc<FileObject>),
+}
+
+/// Mappings of files by the client, by address: they keep the file open as the kernel's do.
+type Mappings = BTreeMap<usize, (usize, Arc<FileObject>)>;
+
+/// A client process.
+///
+/// Lock order: `fds`, `vms` and `mappings` are only held for a lookup or a change, never while a VM's state is.
+#[derive(Debug)]
+pub struct Process {
+    config: Config,
+    native: Native,
+    fds: RwLock<Vec<Option<Entry>>>,
+    vms: Mutex<Vec<Weak<VmObject>>>,
+    vm_count: AtomicUsize,
+    client: Arc<Mutex<ClientMemory>>,
+    mappings: Mutex<Mappings>,
+    mapping_count: AtomicUsize,
+}
+
+impl Process {
+    /// A process that has no descriptors of gmem's yet.
+    #[must_use]
+    pub fn new(config: Config, native: Native) -> Self {
+        gmem_host::vcpu::prepare();
+        Self {
+            config,
+            native,
+            fds: RwLock::default(),
+            vms: Mutex::default(),
+            vm_count: AtomicUsize::new(0),
+            client: Arc::default(),
+            mappings: Mutex::default(),
+            mapping_count: AtomicUsize::new(0),
+        }
+    }
+
+    fn entry(&self, fd: i32) -> Option<Entry> {
+        let fds = self.fds.read().unwrap_or_else(PoisonError::into_inner);
+        fds.get(usize::try_from(fd).ok()?)?.clone()
+    }
+
+    fn file(&self, fd: i32) -> Option<Arc<FileObject>> {
+        match self.entry(fd)? {
+            Entry::File(file) => Some(file),
+            Entry::Vm(_) | Entry::Vcpu(_) => None,
+        }
+    }
+
+    /// Sets an entry and returns the old one, which must be dropped without the lock: it may be the last of its file.
+    fn replace(&self, fd: i32, entry: Option<Entry>) -> Option<Entry> {
+        let index = usize::try_from(fd).ok()?;
+        let mut fds = self.fds.write().unwrap_or_else(PoisonError::into_inner);
+        if index >= fds.len() {
+            entry.as_ref()?;
+            fds.resize(index + 1, None);
+        }
+        std::mem::replace(fds.get_mut(index)?, entry)
+    }
+
+    /// `ioctl`.
+    pub fn ioctl(&self, fd: i32, request: u32, arg: usize) -> Answer<i32> {
+        if !abi::is_kvm(request) {
+            return self.file(fd).map_or(Answer::Pass, |_| Answer::Done(Err(Errno::NOTTY)));
+        }
+        match self.entry(fd) {
+            Some(Entry::Vcpu(vcpu)) => vcpu_ioctl(&vcpu, request, arg),
+            Some(Entry::Vm(vm)) => self.vm_ioctl(&vm, request, arg),
+            Some(Entry::File(_)) => Answer::Done(Err(Errno::NOTTY)),
+            None => self.system_ioctl(fd, request, arg),
+        }
+    }
+
+    fn system_ioctl(&self, fd: i32, request: u32, arg: usize) -> Answer<i32> {
+        if self.config.emulated == 0 || !matches!(request, abi::CREATE_VM | abi::CHECK_EXTENSION) {
+            return Answer::Pass;
+        }
+        let device = kvm::with_client_fd(fd, |fd| Ok(kvm::is_kvm_device(fd)));
+        match (device, request) {
+            (Ok(true), abi::CREATE_VM) => self.create_vm(fd, arg),
+            (Ok(true), _) => {
+                let capability = u32::try_from(arg).unwrap_or(u32::MAX);
+                let answer = capability::of_system(self.config.profile, self.vm_types(), capability);
+                answer.map_or(Answer::Pass, |value| Answer::Done(Ok(value)))
+            }
+            _ => Answer::Pass,
+        }
+    }
+
+    fn vm_types(&self) -> u32 {
+        self.native.vm_types | self.config.emulated
+    }
+
+    fn create_vm(&self, kvm: i32, vm_type: usize) -> Answer<i32> {
+        match u32::try_from(vm_type) {
+            Ok(vm_type) if vm_type < 32 && self.config.emulated & 1 << vm_type != 0 => {
+                Answer::Done(self.create_emulated_vm(kvm, vm_type))
+            }
+            _ => Answer::Pass,
+        }
+    }
+
+    fn create_emulated_vm(&self, kvm: i32, vm_type: u32) -> Result<i32, Errno> {
+        let fd = kvm::with_client_fd(kvm, |kvm| kvm::create_vm(kvm, 0))?;
+        let vm = Arc::new(VmObject::new(fd.as_fd(), vm_type, self.config.profile, Arc::clone(&self.client))?);
+        let mut vms = lock(&self.vms);
+        vms.retain(|vm| vm.strong_count() > 0);
+        vms.push(Arc::downgrade(&vm));
+        self.vm_count.store(vms.len(), Ordering::Relaxed);
+        drop(vms);
+        let fd = kvm::into_client(fd);
+        self.replace(fd, Some(Entry::Vm(vm)));
+        Ok(fd)
+    }
+
+    fn vm_ioctl(&self, vm: &Arc<VmObject>, request: u32, arg: usize) -> Answer<i32> {
+        if let Err(error) = vm.check_owner() {
+            return Answer::Done(Err(error));
+        }
+        match request {
+            abi::CHECK_EXTENSION => {
+                let capability = u32::try_from(arg).unwrap_or(u32::MAX);
+                let answer = capability::of_vm(vm.profile, &vm.read().core, self.vm_types(), capability);
+                answer.map_or(Answer::Pass, |value| Answer::Done(Ok(value)))
+            }
+            abi::CREATE_VCPU => Answer::Done(self.create_vcpu(vm, arg)),
+            abi::CREATE_GUEST_MEMFD => Answer::Done(self.create_file(vm, arg)),
+            abi::SET_USER_MEMORY_REGION => Answer::Done(set_region_v1(vm, arg)),
+            abi::SET_USER_MEMORY_REGION2 => Answer::Done(self.set_region(vm, arg)),
+            abi::SET_MEMORY_ATTRIBUTES => Answer::Done(set_attributes(vm, arg)),
+            _ => Answer::Pass,
+        }
+    }
+
+    fn create_vcpu(&self, vm: &Arc<VmObject>, id: usize) -> Result<i32, Errno> {
+        let fd = kvm::create_vcpu(vm.fd(), id)?;
+        let kvm = crate::native::open()?;
+        let vcpu = VcpuObject::new(kvm.as_fd(), fd.as_fd(), Arc::clone(vm), self.native.prefault)?;
+        let fd = kvm::into_client(fd);
+        self.replace(fd, Some(Entry::Vcpu(Arc::new(vcpu))));
+        Ok(fd)
+    }
+
+    fn create_file(&self, vm: &Arc<VmObject>, arg: usize) -> Result<i32, Errno> {
+        let claim: CreateGuestMemfd = abi::read(arg)?;
+        let id = vm.create_file(claim.size, claim.flags)?;
+        let flags = FileFlags::from_bits_truncate(claim.flags);
+        let file = FileObject { vm: Arc::clone(vm), id, size: claim.size, flags };
+        let fd = kvm::into_client(fds::placeholder(claim.size)?);
+        self.replace(fd, Some(Entry::File(Arc::new(file))));
+        Ok(fd)
+    }
+
+    fn set_region(&self, vm: &Arc<VmObject>, arg: usize) -> Result<i32, Errno> {
+        let claim: MemoryRegion2 = abi::read(arg)?;
+        let private = claim.region.flags & SlotFlags::GUEST_MEMFD.bits() != 0;
+        let file = if private { self.claimed_file(vm, claim.guest_memfd) } else { FileClaim::BadDescriptor };
+        vm.set_region(region_claim(&claim.region, file, claim.guest_memfd_offset))
+    }
+
+    fn claimed_file(&self, vm: &Arc<VmObject>, fd: u32) -> FileClaim {
+        let Ok(fd) = i32::try_from(fd) else { return FileClaim::BadDescriptor };
+        match self.file(fd) {
+            Some(file) if Arc::ptr_eq(&file.vm, vm) => FileClaim::File(file.id),
+            Some(_) => FileClaim::OtherVm,
+            None if kvm::is_open(fd) => FileClaim::NotGuestMemfd,
+            None => FileClaim::BadDescriptor,
+        }
+    }
+
+    /// Whether `fd` is a guest_memfd of gmem's; its size in bytes.
+    #[must_use]
+    pub fn file_size(&self, fd: i32) -> Option<u64> {
+        self.file(fd).map(|file| file.size)
+    }
+
+    /// A system call on a descriptor that may be a guest_memfd.
+    pub fn file_call(&self, fd: i32, call: FileCall) -> Answer<i64> {
+        self.file(fd).map_or(Answer::Pass, |file| Answer::Done(file.call(call)))
+    }
+
+    /// `mmap` of a descriptor that may be a guest_memfd.
+    pub fn mmap(&self, address: usize, len: usize, prot: u32, flags: u32, fd: i32, offset: u64) -> Answer<usize> {
+        let Some(file) = self.file(fd) else { return Answer::Pass };
+        let base = file.map(Map { address, len, prot, flags, offset });
+        if let Ok(base) = base {
+            let end = base.saturating_add(len.next_multiple_of(4096));
+            let mut mappings = lock(&self.mappings);
+            let gone = cut(&mut mappings, base, end);
+            mappings.insert(base, (end, file));
+            self.mapping_count.store(mappings.len(), Ordering::Relaxed);
+            drop(mappings);
+            drop(gone);
+        }
+        Answer::Done(base)
+    }
+
+    /// The client closed `fd`. To be called before the number can be used again.
+    pub fn closed(&self, fd: i32) {
+        if self.entry(fd).is_some() {
+            drop(self.replace(fd, None));
+        }
+    }
+
+    /// The client closed the descriptors `first..=last`.
+    pub fn closed_range(&self, first: i32, last: i32) {
+        let known = self.fds.read().unwrap_or_else(PoisonError::into_inner).len();
+        let last = last.min(i32::try_from(known).unwrap_or(i32::MAX));
+        (first.max(0)..=last).for_each(|fd| self.closed(fd));
+    }
+
+    /// The client made `copy` a duplicate of `fd`.
+    pub fn duplicated(&self, fd: i32, copy: i32) {
+        let entry = self.entry(fd);
+        if entry.is_some() || self.entry(copy).is_some() {
+            drop(self.replace(copy, entry));
+        }
+    }
+
+    /// The client changed what it has mapped at `[start, start + len)`.
+    pub fn mapping_changed(&self, start: usize, len: usize) {
+        let end = start.saturating_add(len);
+        if self.mapping_count.load(Ordering::Relaxed) > 0 {
+            let gone = cut(&mut lock(&self.mappings), start, end);
+            drop(gone);
+        }
+        if self.vm_count.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        lock(&self.client).forget(start, end);
+        let vms: Vec<_> = lock(&self.vms).iter().filter_map(Weak::upgrade).collect();
+        for vm in vms {
+            // A client that unmaps guest memory cannot be told of an error; the frames show nothing then.
+            let _ = vm.user_mapping_changed(start, end);
+        }
+    }
+
+    /// `MADV_DONTNEED` by the client: whether gmem gave the zeros that it expects.
+    pub fn advise_dontneed(&self, start: usize, len: usize) -> Result<(), Errno> {
+        if self.vm_count.load(Ordering::Relaxed) == 0 {
+            return Ok(());
+        }
+        lock(&self.client).advise_dontneed(start, len).map(|_| ())
+    }
+}
+
+/// Takes `[start, end)` out of the mappings; what is returned may hold the last reference of a file.
+fn cut(mappings: &mut Mappings, start: usize, end: usize) -> Vec<Arc<FileObject>> {
+    let touched: Vec<usize> = {
+        let before = mappings.range(..start).next_back();
+        let all = before.into_iter().chain(mappings.range(start..end));
+        all.filter(|(_, (until, _))| *until > start).map(|(&base, _)| base).collect()
+    };
+    let mut gone = Vec::new();
+    for base in touched {
+        let Some((until, file)) = mappings.remove(&base) else { continue };
+        if base < start {
+            mappings.insert(base, (start, Arc::clone(&file)));
+        }
+        if until > end {
+            mappings.insert(end, (until, Arc::clone(&file)));
+        }
+        gone.push(file);
+    }
+    gone
+}
+
+fn vcpu_ioctl(vcpu: &VcpuObject, request: u32, arg: usize) -> Answer<i32> {
+    match request {
+        // The real call checks who makes it.
+        abi::RUN if arg == 0 => Answer::Done(vcpu.run()),
+        abi::PRE_FAULT_MEMORY => Answer::Done(vcpu.vm().check_owner().and_then(|()| vcpu.pre_fault(arg))),
+        _ => Answer::Pass,
+    }
+}
+
+fn region_claim(region: &MemoryRegion, file: FileClaim, guest_memfd_offset: u64) -> Claim {
+    Claim {
+        slot: region.slot,
+        flags: region.flags,
+        guest_phys_addr: region.guest_phys_addr,
+        memory_size: region.memory_size,
+        userspace_addr: region.userspace_addr,
+        file,
+        guest_memfd_offset,
+    }
+}
+
+/// The older call knows the older flags only.
+fn set_region_v1(vm: &VmObject, arg: usize) -> Result<i32, Errno> {
+    let region: MemoryRegion = abi::read(arg)?;
+    let known = SlotFlags::LOG_DIRTY_PAGES | SlotFlags::READONLY;
+    if region.flags & !known.bits() != 0 {
+        return Err(Errno::INVAL);
+    }
+    vm.set_region(region_claim(&region, FileClaim::BadDescriptor, 0))
+}
+
+fn set_attributes(vm: &VmObject, arg: usize) -> Result<i32, Errno> {
+    let claim: MemoryAttributes = abi::read(arg)?;
+    vm.set_attributes(&claim)
+}

@@ -1,0 +1,115 @@
+//! What differs between kernels, as data.
+//!
+//! A behaviour that is not the same everywhere is a field here and never an `if` on a name in the code.
+
+use gmem_core::file::FileFlags;
+use gmem_core::vm::{DirectMapFlush, FileFilter, Rules, Tracking};
+use rustix::io::Errno;
+
+/// A kernel's behaviour.
+#[derive(Debug)]
+pub struct Profile {
+    /// As given to `--profile`.
+    pub name: &'static str,
+    /// Whose behaviour it is.
+    pub about: &'static str,
+    /// The oldest release, as (major, minor), that behaves like this.
+    pub since: (u32, u32),
+    /// Flags of `KVM_CREATE_GUEST_MEMFD`.
+    pub file_flags: FileFlags,
+    /// Whether `KVM_CAP_GUEST_MEMFD_FLAGS` exists.
+    pub reports_file_flags: bool,
+    /// Errno when file pages are bound already.
+    pub pages_bound: Errno,
+    /// An offset near the signed limit passes the bounds check of a binding.
+    pub accepts_wrapped_offset: bool,
+    /// `KVM_CAP_GUEST_MEMFD` of a VM without private memory.
+    pub files_without_private_memory: bool,
+    /// What differs inside the subsystem.
+    pub rules: Rules,
+}
+
+const RULES: Rules = Rules {
+    tracking: Tracking::Attributes,
+    file_filter: FileFilter::Kind,
+    populate_once: false,
+    prefault_reports_dying_slot: true,
+    files_without_private_memory: true,
+    direct_map_flush: DirectMapFlush::Flush,
+    max_slots: 32_764,
+};
+
+/// All profiles, oldest first.
+pub static PROFILES: [Profile; 3] = [
+    Profile {
+        name: "linux-6.12",
+        about: "Linux 6.12 with its stable fixes, as in Debian 13",
+        since: (0, 0),
+        file_flags: FileFlags::empty(),
+        reports_file_flags: false,
+        pages_bound: Errno::INVAL,
+        accepts_wrapped_offset: false,
+        files_without_private_memory: false,
+        rules: Rules {
+            file_filter: FileFilter::Private,
+            populate_once: true,
+            prefault_reports_dying_slot: false,
+            files_without_private_memory: false,
+            ..RULES
+        },
+    },
+    Profile {
+        name: "linux-6.18",
+        about: "Linux 6.18: mappable files, files on every VM",
+        since: (6, 18),
+        file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
+        reports_file_flags: true,
+        pages_bound: Errno::INVAL,
+        accepts_wrapped_offset: true,
+        files_without_private_memory: true,
+        rules: RULES,
+    },
+    Profile {
+        name: "linux-7.3",
+        about: "Linux 7.2 and 7.3: as 6.18, with EEXIST for file pages that are bound already",
+        since: (7, 0),
+        file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
+        reports_file_flags: true,
+        pages_bound: Errno::EXIST,
+        accepts_wrapped_offset: false,
+        files_without_private_memory: true,
+        rules: RULES,
+    },
+];
+
+/// The profile with this name.
+#[must_use]
+pub fn by_name(name: &str) -> Option<&'static Profile> {
+    PROFILES.iter().find(|profile| profile.name == name)
+}
+
+/// The profile that comes nearest to a kernel release such as `6.12.117+deb13-amd64`.
+#[must_use]
+pub fn of_release(release: &str) -> &'static Profile {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    PROFILES.iter().rev().find(|profile| profile.since <= version).unwrap_or(&PROFILES[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_release_gets_the_newest_profile_that_is_not_newer() {
+        for (release, name) in [
+            ("6.1.0-44-amd64", "linux-6.12"),
+            ("6.12.117+deb13-amd64", "linux-6.12"),
+            ("6.18.44", "linux-6.18"),
+            ("7.3.4-1", "linux-7.3"),
+            ("nonsense", "linux-6.12"),
+        ] {
+            assert_eq!(of_release(release).name, name, "{release}");
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! `KVM_RUN` and `KVM_PRE_FAULT_MEMORY` on a vCPU of an emulated VM.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use gmem_core::addr::{Gfn, GfnRange, PAGE_SIZE};
+use gmem_core::ops::{Access, Fault, FaultEnd, MemoryFault, Origin};
+use gmem_core::slot::SlotFlags;
+use gmem_core::vendor::Side;
+use gmem_core::vm::View;
+use gmem_host::kvm::{self, RunMapping};
+use gmem_host::sys;
+use gmem_host::vcpu::{self, GuestView, Mmio, PendingWrite, RunArea};
+use gmem_host::window::Shows;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
+
+use crate::abi::{self, PreFaultMemory};
+use crate::errno;
+use crate::vm::{VmObject, lock};
+
+/// Times that an access which nothing forbids is tried again. A window is replaced in microseconds; something that lasts
+/// longer than this is a client that unmapped its guest's memory.
+const MOST_RETRIES: u32 = 10_000;
+
+/// A vCPU of an emulated VM.
+#[derive(Debug)]
+pub(crate) struct VcpuObject {
+    fd: OwnedFd,
+    mapping: RunMapping,
+    vm: Arc<VmObject>,
+    /// A write that the host's KVM has taken out of the guest and that has not reached memory.
+    pending: Mutex<Option<PendingWrite>>,
+    has_pending: AtomicBool,
+    host_prefaults: bool,
+}
+
+/// How `KVM_RUN` goes on after the host's KVM came back.
+enum Next {
+    /// The client gets this.
+    Return(Result<i32, Errno>),
+    /// The access was met in a gap, or has been made good: run on.
+    RunOn,
+}
+
+impl VcpuObject {
+    pub(crate) fn new(
+        kvm: BorrowedFd<'_>,
+        fd: BorrowedFd<'_>,
+        vm: Arc<VmObject>,
+        host_prefaults: bool,
+    ) -> Result<Self, Errno> {
+        let fd = kvm::hidden_copy(fd)?;
+        let mapping = RunMapping::new(kvm, fd.as_fd())?;
+        let (pending, has_pending) = (Mutex::new(None), AtomicBool::new(false));
+        Ok(Self { fd, mapping, vm, pending, has_pending, host_prefaults })
+    }
+
+    pub(crate) fn vm(&self) -> &VmObject {
+        &self.vm
+    }
+
+    fn run_area(&self) -> RunArea {
+        self.mapping.area()
+    }
+
+    /// `KVM_RUN`.
+    pub(crate) fn run(&self) -> Result<i32, Errno> {
+        if self.has_pending.load(Ordering::Relaxed)
+            && let Some(access) = self.carry_out_pending()
+        {
+            return self.report(access);
+        }
+        let mut retries = 0;
+        loop {
+            let next = match kvm::run(self.fd.as_fd()) {
+                Ok(value) => self.after_exit(value),
+                Err(Errno::FAULT) => self.after_fault(),
+                error => return error,
+            };
+            match next {
+                Next::Return(result) => return result,
+                Next::RunOn if retries == MOST_RETRIES => return Err(Errno::FAULT),
+                Next::RunOn => retries += 1,
+            }
+        }
+    }
+
+    /// The host's KVM emulated something; where that was an access to a frame that the guest has, or that must fault, it is
+    /// not the client's to emulate.
+    fn after_exit(&self, value: i32) -> Next {
+        let run = self.run_area();
+        if let Some(mmio) = run.mmio() {
+            return self.after_mmio(value, &mmio);
+        }
+        if run.is_emulation_failure() && self.has_private_memory() {
+            return match self.after_fault() {
+                Next::Return(Err(Errno::FAULT)) if !run.is_memory_fault() => Next::Return(Ok(value)),
+                next => next,
+            };
+        }
+        Next::Return(Ok(value))
+    }
+
+    fn has_private_memory(&self) -> bool {
+        self.vm.read().core.has_private_memory()
+    }
+
+    fn after_mmio(&self, value: i32, mmio: &Mmio) -> Next {
+        let gfn = Gfn::of_gpa(mmio.gpa);
+        if self.is_device(gfn, mmio.is_write) {
+            return Next::Return(Ok(value));
+        }
+        let taken = if mmio.is_write { self.take_write() } else { self.take_read() };
+        match taken {
+            Err(error) => Next::Return(Err(error)),
+            Ok(()) => match self.carry_out_pending() {
+                Some(access) => Next::Return(self.report(access)),
+                None => self.retry_read(mmio),
+            },
+        }
+    }
+
+    fn retry_read(&self, mmio: &Mmio) -> Next {
+        if mmio.is_write {
+            return Next::RunOn;
+        }
+        match self.fault(Gfn::of_gpa(mmio.gpa)) {
+            Some(errno) => Next::Return(Err(errno)),
+            None => Next::RunOn,
+        }
+    }
+
+    /// Whether an access to `gfn` is the client's to emulate on the kernel that is being emulated, too.
+    fn is_device(&self, gfn: Gfn, is_write: bool) -> bool {
+        let state = self.vm.read();
+        let read_only = state.core.slots().at(0, gfn).is_some_and(|slot| slot.flags.contains(SlotFlags::READONLY));
+        match state.core.view(gfn) {
+            View::NoSlot => true,
+            View::UserMemory { .. } => {
+                (read_only && is_write) || matches!(state.window_at(gfn), None | Some((_, Shows::Nothing)))
+            }
+            View::FilePage { .. } | View::Unbacked(_) => false,
+        }
+    }
+
+    fn take_read(&self) -> Result<(), Errno> {
+        vcpu::put_back_read(self.fd.as_fd(), self.run_area())
+    }
+
+    fn take_write(&self) -> Result<(), Errno> {
+        let write = vcpu::collect_write(self.fd.as_fd(), self.run_area())?;
+        *lock(&self.pending) = Some(write);
+        self.has_pending.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Writes what is pending; returns the frame that still cannot be written.
+    fn carry_out_pending(&self) -> Option<Gfn> {
+        let mut pending = lock(&self.pending);
+        let left = pending.as_mut().and_then(|write| write.carry_out(|gpa, bytes| self.write_guest(gpa, bytes)));
+        if left.is_none() {
+            *pending = None;
+            self.has_pending.store(false, Ordering::Relaxed);
+        }
+        left.map(|access| Gfn::of_gpa(access.gpa))
+    }
+
+    fn write_guest(&self, gpa: u64, bytes: &[u8]) -> bool {
+        let state = self.vm.read();
+        let place = place(state.window_at(Gfn::of_gpa(gpa)), gpa);
+        place.is_some_and(|address| sys::copy_to_client(address, bytes).is_ok())
+    }
+
+    /// Ends `KVM_RUN` for an access that cannot be made.
+    fn report(&self, gfn: Gfn) -> Result<i32, Errno> {
+        Err(self.fault(gfn).unwrap_or(Errno::FAULT))
+    }
+
+    /// The host's KVM could not reach a page and does not say which.
+    fn after_fault(&self) -> Next {
+        let mut forbidden = |gfn, _| self.is_unreachable(gfn);
+        match vcpu::locate(self.fd.as_fd(), self, &mut forbidden) {
+            Ok(Some(access)) => match self.fault(Gfn::of_gpa(access.gpa)) {
+                Some(errno) => Next::Return(Err(errno)),
+                None => Next::RunOn,
+            },
+            Ok(None) => Next::RunOn,
+            Err(error) => Next::Return(Err(error)),
+        }
+    }
+
+    fn is_unreachable(&self, gfn: Gfn) -> bool {
+        let state = self.vm.read();
+        match state.core.view(gfn) {
+            View::Unbacked(_) => true,
+            View::NoSlot | View::FilePage { .. } => false,
+            View::UserMemory { .. } => matches!(state.window_at(gfn), Some((_, Shows::Nothing))),
+        }
+    }
+
+    /// Lets the core decide about a fault on `gfn`. `None`: it can be mapped, the guest runs on.
+    fn fault(&self, gfn: Gfn) -> Option<Errno> {
+        let access = Access { gfn, claimed: Side::Private };
+        match self.vm.fault(&mut Fault::new(access, Origin::Guest)) {
+            FaultEnd::Mapped(_) | FaultEnd::Retry | FaultEnd::Emulate | FaultEnd::DyingSlot => None,
+            FaultEnd::MemoryFault(fault) => Some(self.exit(fault, Errno::FAULT)),
+            FaultEnd::PageError(fault, error) => Some(self.exit(fault, errno::page(error))),
+            FaultEnd::Refused(fault, refusal) => Some(self.exit(fault, errno::cause(refusal.cause))),
+            FaultEnd::NoUserPage => Some(Errno::FAULT),
+        }
+    }
+
+    fn exit(&self, fault: MemoryFault, errno: Errno) -> Errno {
+        self.run_area().set_memory_fault(fault.gfn.gpa(), PAGE_SIZE, fault.side == Side::Private);
+        errno
+    }
+
+    /// `KVM_PRE_FAULT_MEMORY`.
+    pub(crate) fn pre_fault(&self, address: usize) -> Result<i32, Errno> {
+        let mut claim: PreFaultMemory = abi::read(address)?;
+        if claim.flags != 0 {
+            return Err(Errno::INVAL);
+        }
+        let range = GfnRange::from_bytes(claim.gpa, claim.size).map_err(|_| Errno::INVAL)?;
+        let (done, end) = self.pre_fault_range(range);
+        if done == 0 {
+            end?;
+        }
+        claim.gpa += done;
+        claim.size -= done;
+        abi::write(address, &claim).map(|()| 0)
+    }
+
+    /// Bytes done, and why it stopped.
+    fn pre_fault_range(&self, range: GfnRange) -> (u64, Result<(), Errno>) {
+        let mut done = 0;
+        let mut next = Some(range);
+        while let Some(rest) = next {
+            let run = match self.vm.pre_fault_run(rest) {
+                Ok(run) => run,
+                Err(error) => return (done, Err(error)),
+            };
+            let (bytes, result) = self.touch(run);
+            done += bytes;
+            if result.is_err() || bytes < run.len() * PAGE_SIZE {
+                return (done, result);
+            }
+            next = GfnRange::new(run.end(), range.end());
+        }
+        (done, Ok(()))
+    }
+
+    fn touch(&self, run: GfnRange) -> (u64, Result<(), Errno>) {
+        let size = run.len() * PAGE_SIZE;
+        if !self.host_prefaults {
+            return (size, Ok(()));
+        }
+        match kvm::pre_fault(self.fd.as_fd(), run.start().gpa(), size) {
+            Ok((_, left)) => (size - left.min(size), Ok(())),
+            Err(error) => (0, Err(error)),
+        }
+    }
+}
+
+/// The address of `gpa` in a window, unless nothing is shown there.
+fn place(window: Option<(usize, Shows)>, gpa: u64) -> Option<usize> {
+    let (base, shows) = window?;
+    let offset = usize::try_from(gpa % PAGE_SIZE).ok()?;
+    (shows != Shows::Nothing).then_some(base + offset)
+}
+
+impl GuestView for VcpuObject {
+    fn read(&self, gpa: u64, buffer: &mut [u8]) -> bool {
+        let state = self.vm.read();
+        let place = place(state.window_at(Gfn::of_gpa(gpa)), gpa);
+        place.is_some_and(|address| sys::copy_from_client(address, buffer).is_ok())
+    }
+}

@@ -1,0 +1,351 @@
+//! One emulated VM: the core's state, the windows that show it, and the ioctls of the VM descriptor.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use gmem_core::Vm;
+use gmem_core::addr::{Gfn, GfnRange, PAGE_SIZE};
+use gmem_core::arch::Arch;
+use gmem_core::file::FileId;
+use gmem_core::ops::{
+    self, Action, ChangeUserMapping, Claim, CloseFile, FileClaim, Operation, Pages, PunchHole, SetAttributes, SetRegion,
+};
+use gmem_core::slot::{Slot, SlotFlags, SlotId};
+use gmem_core::vendor::Side;
+use gmem_core::vm::View;
+use gmem_host::backing::Backing;
+use gmem_host::client::ClientMemory;
+use gmem_host::kvm::{self, Region};
+use gmem_host::window::{Backings, Shows, Window};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
+
+use crate::abi::{self, MemoryAttributes};
+use crate::errno;
+use crate::profile::Profile;
+
+/// A VM that gmem emulates on an ordinary KVM VM.
+///
+/// Lock order: `state`, then the process's client memory.
+#[derive(Debug)]
+pub(crate) struct VmObject {
+    /// The real VM, through a descriptor of our own: files keep it alive after the client closed its last one.
+    fd: OwnedFd,
+    pub(crate) profile: &'static Profile,
+    /// The process that made it; ioctls from any other are EIO.
+    owner: rustix::process::Pid,
+    client: Arc<Mutex<ClientMemory>>,
+    state: RwLock<State>,
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) core: Vm,
+    mmu: Mmu,
+}
+
+/// The stage-2 side of the state: what is shown where.
+#[derive(Debug, Default)]
+struct Mmu {
+    windows: BTreeMap<SlotId, Window>,
+    backings: Backings,
+    /// First thing that went wrong while actions were carried out.
+    error: Option<Errno>,
+}
+
+/// A panic while a lock was held cannot have left the state torn in a way that more panics would repair.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Mmu {
+    fn carry_out(&mut self, core: &Vm, action: &Action) {
+        let done = match action {
+            Action::Zap { range, .. } | Action::Refill(range) => self.show_views(core, *range, Window::show),
+            Action::Free(pages) => self.free(core, *pages),
+            // One operation runs at a time, the kernel flushes with every change of a mapping, and backing pages are zeroed
+            // by the kernel when they are first touched.
+            _ => Ok(()),
+        };
+        self.error = self.error.or(done.err());
+    }
+
+    /// Brings the windows over `range` in line with what the core says.
+    fn show_views(&mut self, core: &Vm, range: GfnRange, show: Show) -> Result<(), Errno> {
+        for slot in core.slots().overlapping(range) {
+            let Some(window) = self.windows.get_mut(&slot.id) else { continue };
+            for (run, view) in core.views(slot, range) {
+                show(window, run, shows(view), &self.backings)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn free(&mut self, core: &Vm, pages: Pages) -> Result<(), Errno> {
+        if core.file(pages.file).is_none() {
+            self.backings.remove(&pages.file.0);
+            return Ok(());
+        }
+        let (offset, len) = (pages.range.start().0 * PAGE_SIZE, pages.range.len() * PAGE_SIZE);
+        self.backings.get(&pages.file.0).map_or(Ok(()), |backing| backing.punch(offset, len))
+    }
+}
+
+type Show = fn(&mut Window, GfnRange, Shows, &Backings) -> Result<(), Errno>;
+
+fn shows(view: View) -> Shows {
+    match view {
+        View::NoSlot | View::Unbacked(_) => Shows::Nothing,
+        View::UserMemory { hva } => usize::try_from(hva).map_or(Shows::Nothing, Shows::Client),
+        View::FilePage { file, index, .. } => Shows::Backing(file.0, index.0 * PAGE_SIZE),
+    }
+}
+
+impl State {
+    /// Runs an operation to its end and carries its actions out.
+    fn run<O: Operation>(&mut self, operation: &mut O) -> (O::Output, Result<(), Errno>) {
+        let mmu = &mut self.mmu;
+        let output = ops::run(operation, &mut self.core, |_, core, action| mmu.carry_out(core, &action));
+        (output, mmu.error.take().map_or(Ok(()), Err))
+    }
+
+    /// What is shown to the guest at `gfn`, and where that is in this process.
+    pub(crate) fn window_at(&self, gfn: Gfn) -> Option<(usize, Shows)> {
+        let slot = self.core.slots().at(0, gfn)?;
+        self.mmu.windows.get(&slot.id)?.at(gfn)
+    }
+
+    pub(crate) fn backing(&self, file: FileId) -> Option<&Backing> {
+        self.mmu.backings.get(&file.0)
+    }
+}
+
+impl VmObject {
+    pub(crate) fn new(
+        fd: BorrowedFd<'_>,
+        vm_type: u32,
+        profile: &'static Profile,
+        client: Arc<Mutex<ClientMemory>>,
+    ) -> Result<Self, Errno> {
+        let arch = if vm_type == 0 { Arch::Default } else { Arch::SwProtected };
+        Ok(Self {
+            fd: kvm::hidden_copy(fd)?,
+            profile,
+            owner: rustix::process::getpid(),
+            client,
+            state: RwLock::new(State { core: Vm::new(arch, profile.rules), mmu: Mmu::default() }),
+        })
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    pub(crate) fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The kernel's first check of every VM and vCPU ioctl.
+    pub(crate) fn check_owner(&self) -> Result<(), Errno> {
+        if self.owner == rustix::process::getpid() { Ok(()) } else { Err(Errno::IO) }
+    }
+
+    /// `KVM_CREATE_GUEST_MEMFD` without the descriptor: size and flags checked, backing made.
+    pub(crate) fn create_file(&self, size: u64, flags: u64) -> Result<FileId, Errno> {
+        let mut state = self.write();
+        let id = state.core.create_file(size, flags, self.profile.file_flags).map_err(errno::create)?;
+        match Backing::new(size) {
+            Ok(backing) => {
+                state.mmu.backings.insert(id.0, backing);
+                Ok(id)
+            }
+            Err(error) => {
+                let _ = state.run(&mut CloseFile::new(id));
+                Err(error)
+            }
+        }
+    }
+
+    /// The last descriptor and mapping of a file are gone.
+    pub(crate) fn close_file(&self, id: FileId) {
+        let _ = self.write().run(&mut CloseFile::new(id));
+    }
+
+    /// `fallocate` that allocates.
+    pub(crate) fn allocate(&self, id: FileId, offset: u64, len: u64) -> Result<(), Errno> {
+        let mut state = self.write();
+        let State { core, mmu } = &mut *state;
+        let file = core.file_mut(id).ok_or(Errno::BADF)?;
+        let range = file.check_allocate(offset, len).map_err(errno::allocate)?;
+        mmu.backings.get(&id.0).ok_or(Errno::BADF)?.allocate(offset, len)?;
+        file.allocate(range);
+        Ok(())
+    }
+
+    /// `fallocate` that punches a hole.
+    pub(crate) fn punch(&self, id: FileId, offset: u64, len: u64) -> Result<(), Errno> {
+        let mut state = self.write();
+        let file = state.core.file(id).ok_or(Errno::BADF)?;
+        match file.check_punch(offset, len).map_err(errno::allocate)? {
+            Some(range) => state.run(&mut PunchHole::new(id, range)).1,
+            None => Ok(()),
+        }
+    }
+
+    /// `KVM_SET_MEMORY_ATTRIBUTES`.
+    pub(crate) fn set_attributes(&self, claim: &MemoryAttributes) -> Result<i32, Errno> {
+        let mut state = self.write();
+        let supported = if state.core.has_private_memory() { abi::ATTRIBUTE_PRIVATE } else { 0 };
+        if claim.flags != 0 || claim.attributes & !supported != 0 {
+            return Err(Errno::INVAL);
+        }
+        let range = GfnRange::from_bytes(claim.address, claim.size).map_err(|_| Errno::INVAL)?;
+        let side = if claim.attributes == 0 { Side::Shared } else { Side::Private };
+        let before: Vec<_> = match state.core.slots().overlapping(range).next() {
+            Some(_) => state.core.attribute_runs(range).collect(),
+            None => Vec::new(),
+        };
+        match state.run(&mut SetAttributes::new(range, side)).1 {
+            Ok(()) => Ok(0),
+            Err(error) => {
+                // Too many mappings (vm.max_map_count): back to what was, which needs no more than there were.
+                for (range, side) in before {
+                    let _ = state.run(&mut SetAttributes::new(range, side));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// `KVM_SET_USER_MEMORY_REGION2`, and its predecessor as a claim without a file.
+    pub(crate) fn set_region(&self, claim: Claim) -> Result<i32, Errno> {
+        let mut state = self.write();
+        ops::check_claim(&state.core, &claim).map_err(|error| errno::region(self.profile, error))?;
+        let id = SlotId::from_raw(claim.slot);
+        if claim.memory_size == 0 {
+            return self.delete_slot(&mut state, claim, id);
+        }
+        match state.core.slots().get(id).cloned() {
+            None => self.create_slot(&mut state, claim, id),
+            Some(old) => self.change_slot(&mut state, claim, &old),
+        }
+    }
+
+    fn create_slot(&self, state: &mut State, claim: Claim, id: SlotId) -> Result<i32, Errno> {
+        let userspace_addr = self.prepare_window(state, &claim, id)?;
+        let (result, shown) = state.run(&mut SetRegion::new(claim));
+        let result = result.map_err(|error| errno::region(self.profile, error)).and(shown);
+        let real = result.and_then(|()| kvm::set_region(self.fd(), &real_region(&claim, userspace_addr)));
+        if let Err(error) = real {
+            let _ = state.run(&mut SetRegion::new(Claim { memory_size: 0, ..claim }));
+            state.mmu.windows.remove(&id);
+            return Err(error);
+        }
+        Ok(0)
+    }
+
+    /// A window where the slot may ever show anything but the client's memory. Returns the real slot's address.
+    fn prepare_window(&self, state: &mut State, claim: &Claim, id: SlotId) -> Result<u64, Errno> {
+        let file_only = match claim.file {
+            FileClaim::File(file) if claim.flags & SlotFlags::GUEST_MEMFD.bits() != 0 => {
+                state.core.file(file).is_some_and(|file| state.core.serves_every_fault(file.flags()))
+            }
+            _ => false,
+        };
+        if !state.core.has_private_memory() && !file_only {
+            return Ok(claim.userspace_addr);
+        }
+        if let (false, Ok(start), Ok(len)) =
+            (file_only, usize::try_from(claim.userspace_addr), usize::try_from(claim.memory_size))
+        {
+            lock(&self.client).make_shareable(start, len)?;
+        }
+        let gfns = GfnRange::from_bytes(claim.guest_phys_addr, claim.memory_size).map_err(|_| Errno::INVAL)?;
+        let window = Window::reserve(gfns)?;
+        let base = window.base() as u64;
+        state.mmu.windows.insert(id, window);
+        Ok(base)
+    }
+
+    fn delete_slot(&self, state: &mut State, claim: Claim, id: SlotId) -> Result<i32, Errno> {
+        kvm::set_region(self.fd(), &real_region(&claim, 0))?;
+        let (result, _) = state.run(&mut SetRegion::new(claim));
+        state.mmu.windows.remove(&id);
+        result.map_err(|error| errno::region(self.profile, error)).map(|()| 0)
+    }
+
+    /// Frames move or flags change; the memory stays where it is.
+    fn change_slot(&self, state: &mut State, claim: Claim, old: &Slot) -> Result<i32, Errno> {
+        let address = state.mmu.windows.get(&old.id).map_or(claim.userspace_addr, |window| window.base() as u64);
+        kvm::set_region(self.fd(), &real_region(&claim, address))?;
+        if let Some(window) = state.mmu.windows.get_mut(&old.id) {
+            window.move_to(Gfn::of_gpa(claim.guest_phys_addr))?;
+        }
+        let (result, shown) = state.run(&mut SetRegion::new(claim));
+        result.map_err(|error| errno::region(self.profile, error)).and(shown).map(|()| 0)
+    }
+
+    /// The client changed what it has mapped at `[start, end)`: windows that show it show what is there now.
+    pub(crate) fn user_mapping_changed(&self, start: usize, end: usize) -> Result<(), Errno> {
+        let mut state = self.write();
+        let (frames, _) = state.run(&mut ChangeUserMapping::new(start as u64, end as u64));
+        if frames.is_empty() || state.mmu.windows.is_empty() {
+            return Ok(());
+        }
+        lock(&self.client).make_shareable(start, end - start)?;
+        let State { core, mmu } = &mut *state;
+        frames.into_iter().try_for_each(|range| mmu.show_views(core, range, Window::replace))
+    }
+}
+
+fn real_region(claim: &Claim, userspace_addr: u64) -> Region {
+    Region {
+        slot: claim.slot,
+        flags: claim.flags & !SlotFlags::GUEST_MEMFD.bits(),
+        guest_phys_addr: claim.guest_phys_addr,
+        memory_size: claim.memory_size,
+        userspace_addr,
+    }
+}
+
+/// Faults and prefaults, from the vCPUs' side.
+impl VmObject {
+    /// Runs a fault through the core; what it maps is shown.
+    pub(crate) fn fault(&self, fault: &mut ops::Fault) -> ops::FaultEnd {
+        let mut state = self.write();
+        let State { core, mmu } = &mut *state;
+        ops::run(fault, core, |fault, core, action| match action {
+            Action::GetUserPage { gfn, .. } => fault.user_page(user_page(core, gfn)),
+            Action::Map(mapping) => {
+                let range = gmem_core::addr::PageRange::with_len(mapping.gfn, mapping.level.pages());
+                if let Some(range) = range {
+                    let shown = mmu.show_views(core, range, Window::show);
+                    mmu.error = mmu.error.or(shown.err());
+                }
+            }
+            action => mmu.carry_out(core, &action),
+        })
+    }
+
+    /// The pages from the start of `range` on that can all be prefaulted: those of one slot that something backs.
+    pub(crate) fn pre_fault_run(&self, range: GfnRange) -> Result<GfnRange, Errno> {
+        let access = ops::Access { gfn: range.start(), claimed: Side::Shared };
+        errno::prefault(self.fault(&mut ops::Fault::new(access, ops::Origin::Prefault)))?;
+        let state = self.read();
+        let slot = state.core.slots().at(0, range.start()).ok_or(Errno::NOENT)?;
+        let run = state.core.views(slot, range).next().map(|(run, _)| run);
+        run.ok_or(Errno::NOENT)
+    }
+}
+
+/// A frame number for the client's page behind `gfn`, if it has one; the number itself means nothing here.
+fn user_page(core: &Vm, gfn: Gfn) -> Option<gmem_core::addr::Pfn> {
+    let slot = core.slots().at(0, gfn)?;
+    let address = usize::try_from(slot.hva_of(gfn)).ok()?;
+    let areas = gmem_host::maps::areas(address, address + 1).ok()?;
+    (!areas.is_empty()).then_some(gmem_core::addr::Pfn(0))
+}
