@@ -3,20 +3,23 @@
 //!
 //! # Shape
 //!
-//! A radix tree with 64 children per node over bitmap words. A child whose pages are all alike is two bits in its
-//! parent and needs no memory; so the size of the set costs nothing, and a range operation costs what its two edges
-//! cost, whether the range is 4 KiB or 1 TiB. Blocks of the page table sizes are easy to ask about:
+//! A radix tree of *branches* with 64 children over bitmap *words* of 64 pages. A child whose pages are all alike is
+//! two bits in its branch; so the size of the set costs nothing, and a range operation costs what its two edges cost,
+//! whether the range is 4 KiB or 1 TiB. The children of a branch are allocated together when the first of them becomes
+//! mixed.
 //!
-//! | part | pages | bytes of memory covered | own size |
-//! |---|---|---|---|
-//! | word | 64 | 256 KiB | 8 |
-//! | leaf: 64 words | 2^12 | 16 MiB, that is 8 blocks of 2 MiB with 8 words each | 520 |
-//! | branch: 64 leaves | 2^18 | 1 GiB | 528 |
-//! | branches of branches | 2^24, 2^30, 2^36, ... | 64 GiB, 4 TiB, 256 TiB, ... | 528 |
+//! | node | memory covered | allocated for its 64 children |
+//! |---|---|---|
+//! | word | 256 KiB | |
+//! | branch of words | 16 MiB | 512 bytes |
+//! | branch of branches | 1 GiB, 64 GiB, 4 TiB, ... | 1536 bytes |
+//!
+//! A 2 MiB block is 8 words, whose tags are 16 bits of one branch: whether the block is mixed, and what its pages are
+//! if it is not, is known without looking at a word.
 //!
 //! The depth follows from the capacity. Up to 64 pages the set is one word and never allocates. A larger set allocates
-//! when a page first differs from the initial value, one leaf for each 16 MiB that become mixed and the branches
-//! above it, at worst about 1/30,000 of the memory described (34 MiB for 1 TiB).
+//! where it becomes mixed: at worst, one mixed page in each 16 MiB or more, about 1/30,000 of the memory described
+//! (34 MiB for 1 TiB).
 //!
 //! # Memory that is kept
 //!
@@ -62,46 +65,48 @@ mod node;
 mod tests;
 
 use core::fmt;
-use node::{Branch, Leaf, Span, Tree, Values, Word};
+use node::{Branch, Node, Span, Values, Word};
 
 /// The largest capacity: all pages of a byte address space of 64 bits.
 pub const MAX_PAGES: u64 = 1 << 52;
 
-type Branch1 = Branch<Leaf>;
-type Branch2 = Branch<Branch1>;
-type Branch3 = Branch<Branch2>;
-type Branch4 = Branch<Branch3>;
-type Branch5 = Branch<Branch4>;
-type Branch6 = Branch<Branch5>;
-type Branch7 = Branch<Branch6>;
+type Pages12 = Branch<Word>;
+type Pages18 = Branch<Pages12>;
+type Pages24 = Branch<Pages18>;
+type Pages30 = Branch<Pages24>;
+type Pages36 = Branch<Pages30>;
+type Pages42 = Branch<Pages36>;
+type Pages48 = Branch<Pages42>;
+type Pages54 = Branch<Pages48>;
 
-/// The depth is part of the type, so that a descent is straight code without a loop.
+/// The depth is part of the type, so that a descent is straight code without a loop. Named by the base-2 logarithm of
+/// the pages below.
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Root {
-    Word(Word),
-    Leaf(Tree<Leaf>),
-    Branch1(Tree<Branch1>),
-    Branch2(Tree<Branch2>),
-    Branch3(Tree<Branch3>),
-    Branch4(Tree<Branch4>),
-    Branch5(Tree<Branch5>),
-    Branch6(Tree<Branch6>),
-    Branch7(Tree<Branch7>),
+    Pages6(Word),
+    Pages12(Pages12),
+    Pages18(Pages18),
+    Pages24(Pages24),
+    Pages30(Pages30),
+    Pages36(Pages36),
+    Pages42(Pages42),
+    Pages48(Pages48),
+    Pages54(Pages54),
 }
 
 /// Evaluates the same expression for whatever depth the root has.
 macro_rules! at_root {
-    ($root:expr, $tree:ident => $body:expr) => {
+    ($root:expr, $node:ident => $body:expr) => {
         match $root {
-            Root::Word($tree) => $body,
-            Root::Leaf($tree) => $body,
-            Root::Branch1($tree) => $body,
-            Root::Branch2($tree) => $body,
-            Root::Branch3($tree) => $body,
-            Root::Branch4($tree) => $body,
-            Root::Branch5($tree) => $body,
-            Root::Branch6($tree) => $body,
-            Root::Branch7($tree) => $body,
+            Root::Pages6($node) => $body,
+            Root::Pages12($node) => $body,
+            Root::Pages18($node) => $body,
+            Root::Pages24($node) => $body,
+            Root::Pages30($node) => $body,
+            Root::Pages36($node) => $body,
+            Root::Pages42($node) => $body,
+            Root::Pages48($node) => $body,
+            Root::Pages54($node) => $body,
         }
     };
 }
@@ -109,15 +114,15 @@ macro_rules! at_root {
 impl Root {
     fn new(pages: u64, initial: bool) -> Self {
         match pages.next_power_of_two().trailing_zeros() {
-            0..=6 => Self::Word(Word::uniform(initial)),
-            7..=12 => Self::Leaf(Tree::uniform(initial)),
-            13..=18 => Self::Branch1(Tree::uniform(initial)),
-            19..=24 => Self::Branch2(Tree::uniform(initial)),
-            25..=30 => Self::Branch3(Tree::uniform(initial)),
-            31..=36 => Self::Branch4(Tree::uniform(initial)),
-            37..=42 => Self::Branch5(Tree::uniform(initial)),
-            43..=48 => Self::Branch6(Tree::uniform(initial)),
-            _ => Self::Branch7(Tree::uniform(initial)),
+            0..=6 => Self::Pages6(Node::uniform(initial)),
+            7..=12 => Self::Pages12(Node::uniform(initial)),
+            13..=18 => Self::Pages18(Node::uniform(initial)),
+            19..=24 => Self::Pages24(Node::uniform(initial)),
+            25..=30 => Self::Pages30(Node::uniform(initial)),
+            31..=36 => Self::Pages36(Node::uniform(initial)),
+            37..=42 => Self::Pages42(Node::uniform(initial)),
+            43..=48 => Self::Pages48(Node::uniform(initial)),
+            _ => Self::Pages54(Node::uniform(initial)),
         }
     }
 }
@@ -162,7 +167,7 @@ impl PageSet {
         if page >= self.pages {
             return self.initial;
         }
-        at_root!(&self.root, tree => tree.get(page))
+        at_root!(&self.root, node => node.get(page))
     }
 
     /// Puts `len` pages from `start` into the set (`value` true) or takes them out of it.
@@ -170,7 +175,7 @@ impl PageSet {
     /// Calls must not overlap in time with one another. A call allocates when a block becomes mixed for the first time.
     pub fn set(&self, start: u64, len: u64, value: bool) {
         if let Some(span) = self.inside(start, len) {
-            at_root!(&self.root, tree => tree.set(span, value));
+            at_root!(&self.root, node => node.set(span, value));
         }
     }
 
@@ -193,7 +198,7 @@ impl PageSet {
     #[must_use]
     pub fn find(&self, start: u64, len: u64, value: bool) -> Option<u64> {
         let inside = self.inside(start, len);
-        inside.and_then(|span| at_root!(&self.root, tree => tree.find(span, value))).or_else(|| {
+        inside.and_then(|span| at_root!(&self.root, node => node.find(span, value))).or_else(|| {
             let outside = self.outside(start, len)?;
             (value == self.initial).then_some(outside.first)
         })
@@ -223,7 +228,7 @@ impl PageSet {
     /// Unlike the other queries this one visits all that is mixed.
     #[must_use]
     pub fn count(&self, start: u64, len: u64) -> u64 {
-        let inside = self.inside(start, len).map_or(0, |span| at_root!(&self.root, tree => tree.count(span)));
+        let inside = self.inside(start, len).map_or(0, |span| at_root!(&self.root, node => node.count(span)));
         match self.outside(start, len) {
             Some(span) if self.initial => inside + (span.last - span.first + 1),
             _ => inside,
@@ -233,7 +238,7 @@ impl PageSet {
     /// Bytes that the set has allocated, as requested from the allocator, spare nodes included.
     #[must_use]
     pub fn heap_bytes(&self) -> usize {
-        at_root!(&self.root, tree => tree.heap_bytes())
+        at_root!(&self.root, node => node.heap_bytes())
     }
 
     /// Where the run of `value` ends that `page` belongs to. Does not look at `page` again: it may have changed.
@@ -244,7 +249,7 @@ impl PageSet {
 
     fn values(&self, start: u64, len: u64) -> Values {
         let inside =
-            self.inside(start, len).map_or(Values::NONE, |span| at_root!(&self.root, tree => tree.values(span)));
+            self.inside(start, len).map_or(Values::NONE, |span| at_root!(&self.root, node => node.values(span)));
         match self.outside(start, len) {
             Some(_) => inside.with(Values::only(self.initial)),
             None => inside,

@@ -8,13 +8,13 @@ use core::sync::atomic::{
 };
 use once_cell::race::OnceBox;
 
-/// Base-2 logarithm of the pages in a word, of the words in a leaf and of the children of a branch.
+/// Base-2 logarithm of the pages in a word and of the children of a branch.
 const FAN_OUT_SHIFT: u32 = 6;
 const FAN_OUT: usize = 1 << FAN_OUT_SHIFT;
 /// Children whose tags, of two bits each, share a word.
 const TAGS_PER_WORD: u64 = 32;
-/// The lower bit of each tag of a word.
-const LOWER_BITS: u64 = u64::MAX / 3;
+/// The lower bit of each of the tags of a branch.
+const LOWER_BITS: u128 = u128::MAX / 3;
 
 /// Which of the two values occur among some pages. This is also the tag of a child: a child with both is *mixed*.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -29,8 +29,10 @@ impl Values {
     }
 
     /// What occurs in the children whose tags are among `tags`.
-    fn of_tags(tags: u64) -> Self {
-        Self(u64::from(tags & LOWER_BITS != 0) | (u64::from(tags & !LOWER_BITS != 0) << 1))
+    fn of_tags(tags: u128) -> Self {
+        let [low, high] = in_words(tags);
+        let [tags, lower_bits] = [low | high, in_words(LOWER_BITS)[0]];
+        Self(u64::from(tags & lower_bits != 0) | (u64::from(tags & !lower_bits != 0) << 1))
     }
 
     /// What occurs among the pages of `mask` in a word of pages.
@@ -54,9 +56,9 @@ impl Values {
         }
     }
 
-    /// A word of tags that are all this one.
-    fn repeated(self) -> u64 {
-        self.0 * LOWER_BITS
+    /// The tags of a branch whose children all have this one.
+    fn repeated(self) -> u128 {
+        u128::from(self.0) * LOWER_BITS
     }
 }
 
@@ -71,6 +73,11 @@ impl Span {
     /// The first and the last child of `1 << shift` pages that has pages of this span.
     fn children(self, shift: u32) -> (u64, u64) {
         (self.first >> shift, self.last >> shift)
+    }
+
+    /// Whether the span holds whole children of `1 << shift` pages only.
+    fn is_aligned(self, shift: u32) -> bool {
+        (self.first | (self.last + 1)) & ((1 << shift) - 1) == 0
     }
 
     /// The part that lies in `child`, counted from the child's first page.
@@ -94,19 +101,15 @@ impl Span {
     }
 }
 
-fn slot(index: u64) -> usize {
-    (index & 63) as usize
-}
-
 /// Part of the tree, of `1 << SHIFT` pages.
 pub(super) trait Node: Clone + PartialEq + Hash {
     const SHIFT: u32;
 
     /// A node whose pages all have `value`.
     fn uniform(value: bool) -> Self;
-    /// Gives all pages `value`. Only for a node that is detached, that is, whose tag is uniform and says `value`.
+    /// Gives all pages `value` in constant time. For a node that is detached: the tag above it says `value`.
     fn reset(&self, value: bool);
-    /// Which values occur in the whole node, in constant time. Only for the writer, or without one.
+    /// Which values occur in the whole node, in constant time.
     fn whole(&self) -> Values;
 
     /// The value of `page`, of which only the bits below `SHIFT` count.
@@ -121,15 +124,10 @@ pub(super) trait Node: Clone + PartialEq + Hash {
     fn heap_bytes(&self) -> usize;
 }
 
-/// 64 pages, the whole tree of the smallest sets.
-#[derive(Debug)]
+/// A bitmap of 64 pages.
 pub(super) struct Word(AtomicU64);
 
 impl Word {
-    pub(super) fn uniform(value: bool) -> Self {
-        Self(AtomicU64::new(if value { u64::MAX } else { 0 }))
-    }
-
     fn load(&self) -> u64 {
         // Acquire: see `store`.
         self.0.load(Acquire)
@@ -139,42 +137,48 @@ impl Word {
         // Release, for `load`: whoever sees this change also sees the changes that the writer made before it.
         self.0.store(word, Release);
     }
+}
 
-    pub(super) fn get(&self, page: u64) -> bool {
+impl Node for Word {
+    const SHIFT: u32 = FAN_OUT_SHIFT;
+
+    fn uniform(value: bool) -> Self {
+        Self(AtomicU64::new(if value { u64::MAX } else { 0 }))
+    }
+
+    fn reset(&self, value: bool) {
+        self.store(if value { u64::MAX } else { 0 });
+    }
+
+    fn whole(&self) -> Values {
+        Values::of_pages(self.load(), u64::MAX)
+    }
+
+    #[inline]
+    fn get(&self, page: u64) -> bool {
         (self.load() >> (page & 63)) & 1 != 0
     }
 
-    pub(super) fn set(&self, span: Span, value: bool) {
-        self.replace(span, value);
-    }
-
-    /// Gives pages `value` and returns how many of them did not have it.
-    fn replace(&self, span: Span, value: bool) -> u32 {
+    fn set(&self, span: Span, value: bool) {
         let old = self.0.load(Relaxed);
-        let new = if value { old | span.mask() } else { old & !span.mask() };
-        if new == old {
-            return 0;
-        }
-        self.store(new);
-        (new ^ old).count_ones()
+        self.store(if value { old | span.mask() } else { old & !span.mask() });
     }
 
-    pub(super) fn values(&self, span: Span) -> Values {
+    fn values(&self, span: Span) -> Values {
         Values::of_pages(self.load(), span.mask())
     }
 
-    pub(super) fn find(&self, span: Span, value: bool) -> Option<u64> {
+    fn find(&self, span: Span, value: bool) -> Option<u64> {
         let word = self.load();
         let found = if value { word } else { !word } & span.mask();
         (found != 0).then(|| u64::from(found.trailing_zeros()))
     }
 
-    pub(super) fn count(&self, span: Span) -> u64 {
+    fn count(&self, span: Span) -> u64 {
         u64::from((self.load() & span.mask()).count_ones())
     }
 
-    #[expect(clippy::unused_self, reason = "the same shape as the larger trees")]
-    pub(super) fn heap_bytes(&self) -> usize {
+    fn heap_bytes(&self) -> usize {
         0
     }
 }
@@ -199,168 +203,86 @@ impl Hash for Word {
     }
 }
 
-/// 4096 pages (16 MiB), stored as the words themselves: the smallest unit that is allocated.
+/// 64 children, which exist, all together, once one of them has been mixed.
 ///
-/// The 8 words of a 2 MiB block lie side by side, so asking for all of them costs hardly more than asking for one.
-#[derive(Debug)]
-pub(super) struct Leaf {
-    words: [Word; FAN_OUT],
-    /// Pages in the set, counted by the writer so that it knows at once when the leaf has become uniform again, and
-    /// whether a detached leaf needs new words.
-    ones: AtomicU64,
-}
-
-impl Leaf {
-    const PAGES: u64 = 1 << Self::SHIFT;
-
-    fn ones_if_uniform(value: bool) -> u64 {
-        if value { Self::PAGES } else { 0 }
-    }
-}
-
-impl Node for Leaf {
-    const SHIFT: u32 = 2 * FAN_OUT_SHIFT;
-
-    fn uniform(value: bool) -> Self {
-        Self {
-            words: core::array::from_fn(|_| Word::uniform(value)),
-            ones: AtomicU64::new(Self::ones_if_uniform(value)),
-        }
-    }
-
-    fn reset(&self, value: bool) {
-        if self.whole() != Values::only(value) {
-            self.set(Span { first: 0, last: Self::PAGES - 1 }, value);
-        }
-    }
-
-    fn whole(&self) -> Values {
-        match self.ones.load(Relaxed) {
-            0 => Values::only(false),
-            Self::PAGES => Values::only(true),
-            _ => Values::MIXED,
-        }
-    }
-
-    fn get(&self, page: u64) -> bool {
-        self.words[slot(page >> FAN_OUT_SHIFT)].get(page)
-    }
-
-    fn set(&self, span: Span, value: bool) {
-        let (first, last) = span.children(FAN_OUT_SHIFT);
-        let replace = |word| u64::from(self.words[slot(word)].replace(span.part(word, FAN_OUT_SHIFT), value));
-        let changed = (first..=last).map(replace).sum();
-        let ones = self.ones.load(Relaxed);
-        self.ones.store(if value { ones.wrapping_add(changed) } else { ones.wrapping_sub(changed) }, Relaxed);
-    }
-
-    fn values(&self, span: Span) -> Values {
-        let (first, last) = span.children(FAN_OUT_SHIFT);
-        let mut values = Values::NONE;
-        for word in first..=last {
-            values = values.with(self.words[slot(word)].values(span.part(word, FAN_OUT_SHIFT)));
-            if values == Values::MIXED {
-                break;
-            }
-        }
-        values
-    }
-
-    fn find(&self, span: Span, value: bool) -> Option<u64> {
-        let (first, last) = span.children(FAN_OUT_SHIFT);
-        (first..=last).find_map(|word| {
-            let page = self.words[slot(word)].find(span.part(word, FAN_OUT_SHIFT), value)?;
-            Some((word << FAN_OUT_SHIFT) + page)
-        })
-    }
-
-    fn count(&self, span: Span) -> u64 {
-        let (first, last) = span.children(FAN_OUT_SHIFT);
-        (first..=last).map(|word| self.words[slot(word)].count(span.part(word, FAN_OUT_SHIFT))).sum()
-    }
-
-    fn heap_bytes(&self) -> usize {
-        0
-    }
-}
-
-impl Clone for Leaf {
-    /// Counts the copied words anew: a writer at work may have changed some of them meanwhile.
-    fn clone(&self) -> Self {
-        let words = self.words.clone();
-        let ones = words.iter().map(|word| u64::from(word.load().count_ones())).sum();
-        Self { words, ones: AtomicU64::new(ones) }
-    }
-}
-
-impl PartialEq for Leaf {
-    fn eq(&self, other: &Self) -> bool {
-        self.words == other.words
-    }
-}
-
-impl Hash for Leaf {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.words.iter().for_each(|word| word.hash(state));
-    }
-}
-
-/// 64 children, of which only those that are or have been mixed exist.
+/// A child is *attached* while its tag says mixed; what a detached child holds means nothing. When the writer is done,
+/// a tag is mixed exactly if both values occur in the child. So equal contents have equal tags, and comparing needs
+/// to follow mixed tags only.
 ///
-/// A child is *attached* while its tag says mixed. Its tag is mixed exactly while both values occur in it, as soon as
-/// the writer is done; so equal contents have equal tags, and equality needs to follow mixed tags only. A detached
-/// child is kept for the next time that it is needed.
-#[derive(Debug)]
+/// The tags lie next to the pointer, and the branches below one branch next to each other, so that a descent touches
+/// one cache line per level, and the last one only where single pages differ. The 8 tags of a 2 MiB block are read at
+/// once.
 pub(super) struct Branch<N> {
     tags: [AtomicU64; 2],
-    children: [OnceBox<N>; FAN_OUT],
+    children: OnceBox<[N; FAN_OUT]>,
 }
 
-/// The child at `slot`, ready to be attached: all its pages have `value`.
-fn prepare<N: Node>(slot: &OnceBox<N>, value: bool) -> &N {
-    match slot.get() {
-        Some(node) => {
-            node.reset(value);
-            node
-        }
-        None => slot.get_or_init(|| Box::new(N::uniform(value))),
+/// The tags of the children from `first` to `last`; none if `first` is the one after `last`.
+fn tag_mask(first: u64, last: u64) -> u128 {
+    (u128::MAX << (2 * (first & 63))) & (u128::MAX >> (2 * (63 - (last & 63))))
+}
+
+/// The tags that the first and the second word of a branch hold.
+fn in_words(tags: u128) -> [u64; 2] {
+    [(tags << 64 >> 64) as u64, (tags >> 64) as u64]
+}
+
+fn replace_tags(word: &AtomicU64, mask: u64, tags: u64) {
+    let old = word.load(Relaxed);
+    let new = (old & !mask) | tags;
+    if new != old {
+        // Release, for `tag` and `tags`: a reader that sees a child attached sees what it was reset to.
+        word.store(new, Release);
     }
 }
 
 impl<N: Node> Branch<N> {
-    fn tag_word(&self, child: u64) -> (&AtomicU64, u64) {
+    /// All tags, each as it was at some moment of the call.
+    fn tags(&self) -> u128 {
+        // Acquire: see `replace_tags`.
+        let [low, high] = self.tags.each_ref().map(|word| word.load(Acquire));
+        u128::from(low) | (u128::from(high) << 64)
+    }
+
+    /// The word that holds the tag of `child`, and by how many bits it is shifted there.
+    fn place(&self, child: u64) -> (&AtomicU64, u64) {
         (&self.tags[usize::from(child & TAGS_PER_WORD != 0)], 2 * (child & (TAGS_PER_WORD - 1)))
     }
 
+    #[inline]
     fn tag(&self, child: u64) -> Values {
-        let (word, shift) = self.tag_word(child);
-        // Acquire: see `put_tags`.
+        let (word, shift) = self.place(child);
+        // Acquire: see `replace_tags`.
         Values((word.load(Acquire) >> shift) & 3)
     }
 
-    /// Replaces the tags of the children of one word from `first` to `last`.
-    fn put_tags(&self, first: u64, last: u64, tag: Values) {
-        let (word, low) = self.tag_word(first);
-        let (_, high) = self.tag_word(last);
-        let mask = Span { first: low, last: high + 1 }.mask();
-        let old = word.load(Relaxed);
-        let new = (old & !mask) | (tag.repeated() & mask);
-        if new != old {
-            // Release, for `tag` and `tags_from`: a reader that sees a child attached sees what it was reset to.
-            word.store(new, Release);
-        }
+    fn put_tag(&self, child: u64, tag: Values) {
+        let (word, shift) = self.place(child);
+        replace_tags(word, 3 << shift, tag.0 << shift);
     }
 
-    /// Makes the children from `first` to `last` uniform, none of them if `first` is beyond `last`.
-    fn fill(&self, first: u64, last: u64, value: bool) {
-        for (first, last) in halves(first, last) {
-            self.put_tags(first, last, Values::only(value));
+    /// Replaces the tags of the children from `first` to `last`.
+    fn put_tags(&self, first: u64, last: u64, tag: Values) {
+        let masks = in_words(tag_mask(first, last));
+        let tags = in_words(tag.repeated());
+        for ((word, mask), tags) in self.tags.iter().zip(masks).zip(tags) {
+            replace_tags(word, mask, tags & mask);
         }
     }
 
     /// The child if it is attached.
+    #[inline]
     fn attached(&self, child: u64, tag: Values) -> Option<&N> {
-        if tag == Values::MIXED { self.children[slot(child)].get() } else { None }
+        if tag == Values::MIXED { self.children.get().map(|nodes| &nodes[(child & 63) as usize]) } else { None }
+    }
+
+    /// Attaches a detached child whose pages have `value`.
+    fn attach(&self, child: u64, value: bool) -> &N {
+        let nodes = self.children.get_or_init(|| Box::new(core::array::from_fn(|_| N::uniform(value))));
+        let node = &nodes[(child & 63) as usize];
+        node.reset(value);
+        self.put_tag(child, Values::MIXED);
+        node
     }
 
     fn set_part(&self, child: u64, span: Span, value: bool) {
@@ -370,50 +292,34 @@ impl<N: Node> Branch<N> {
             return;
         }
         if part.is_whole(N::SHIFT) {
-            return self.put_tags(child, child, Values::only(value));
+            return self.put_tag(child, Values::only(value));
         }
-        let node = match self.attached(child, tag) {
-            Some(node) => node,
-            None => {
-                let node = prepare(&self.children[slot(child)], !value);
-                self.put_tags(child, child, Values::MIXED);
-                node
-            }
-        };
+        let node = self.attached(child, tag).unwrap_or_else(|| self.attach(child, !value));
         node.set(part, value);
-        self.put_tags(child, child, node.whole());
+        self.put_tag(child, node.whole());
     }
 
     fn values_in_part(&self, child: u64, span: Span) -> Values {
-        let part = span.part(child, N::SHIFT);
-        let tag = self.tag(child);
+        let (tag, part) = (self.tag(child), span.part(child, N::SHIFT));
         match self.attached(child, tag) {
             Some(node) if !part.is_whole(N::SHIFT) => node.values(part),
             _ => tag,
         }
     }
 
-    /// Which values occur in the children from `first` to `last`, none of them if `first` is beyond `last`.
     fn values_of_children(&self, first: u64, last: u64) -> Values {
-        let occurring = halves(first, last).map(|(first, last)| {
-            let (word, low) = self.tag_word(first);
-            let (_, high) = self.tag_word(last);
-            // Acquire: see `put_tags`.
-            word.load(Acquire) & Span { first: low, last: high + 1 }.mask()
-        });
-        Values::of_tags(occurring.fold(0, |all, tags| all | tags))
+        Values::of_tags(self.tags() & tag_mask(first, last))
     }
 
     /// The first child from `first` to `last` in which `value` occurs.
     fn child_with(&self, first: u64, last: u64, value: bool) -> Option<u64> {
-        halves(first, last).find_map(|(first, last)| {
-            let (word, low) = self.tag_word(first);
-            let (_, high) = self.tag_word(last);
-            // Acquire: see `put_tags`.
-            let tags = word.load(Acquire) & Values::only(value).repeated() & Span { first: low, last: high + 1 }.mask();
-            let child = (first & TAGS_PER_WORD) + u64::from(tags.trailing_zeros() / 2);
-            (tags != 0).then_some(child)
-        })
+        let tags = self.tags() & Values::only(value).repeated() & tag_mask(first, last);
+        (tags != 0).then(|| u64::from(tags.trailing_zeros() / 2))
+    }
+
+    fn any_mixed(&self) -> bool {
+        let tags = self.tags();
+        tags & (tags >> 1) & LOWER_BITS != 0
     }
 
     fn each_attached(&self) -> impl Iterator<Item = (u64, &N)> {
@@ -422,27 +328,21 @@ impl<N: Node> Branch<N> {
     }
 }
 
-/// The part of the children from `first` to `last` whose tags are in the first word and the part in the second.
-fn halves(first: u64, last: u64) -> impl Iterator<Item = (u64, u64)> {
-    let low = (first, last.min(TAGS_PER_WORD - 1));
-    let high = (first.max(TAGS_PER_WORD), last);
-    [low, high].into_iter().filter(|(first, last)| first <= last)
-}
-
 impl<N: Node> Node for Branch<N> {
     const SHIFT: u32 = N::SHIFT + FAN_OUT_SHIFT;
 
     fn uniform(value: bool) -> Self {
-        let tags = Values::only(value).repeated();
-        Self { tags: [AtomicU64::new(tags), AtomicU64::new(tags)], children: [const { OnceBox::new() }; FAN_OUT] }
+        let tags = in_words(Values::only(value).repeated());
+        Self { tags: tags.map(AtomicU64::new), children: OnceBox::new() }
     }
 
     fn reset(&self, value: bool) {
-        self.fill(0, FAN_OUT as u64 - 1, value);
+        let tags = in_words(Values::only(value).repeated());
+        self.tags.iter().zip(tags).for_each(|(word, tags)| replace_tags(word, u64::MAX, tags));
     }
 
     fn whole(&self) -> Values {
-        Values::of_tags(self.tags[0].load(Relaxed) | self.tags[1].load(Relaxed))
+        Values::of_tags(self.tags())
     }
 
     #[inline]
@@ -459,23 +359,28 @@ impl<N: Node> Node for Branch<N> {
         let (first, last) = span.children(N::SHIFT);
         self.set_part(first, span, value);
         if first < last {
-            self.fill(first + 1, last - 1, value);
+            self.put_tags(first + 1, last - 1, Values::only(value));
             self.set_part(last, span, value);
         }
     }
 
+    #[inline]
     fn values(&self, span: Span) -> Values {
         let (first, last) = span.children(N::SHIFT);
-        let values = self.values_in_part(first, span);
-        if first == last || values == Values::MIXED {
+        if first == last {
+            return self.values_in_part(first, span);
+        }
+        let values = self.values_of_children(first, last);
+        if values != Values::MIXED || span.is_aligned(N::SHIFT) {
             return values;
         }
-        values.with(self.values_of_children(first + 1, last - 1)).with(self.values_in_part(last, span))
+        let edges = self.values_in_part(first, span).with(self.values_in_part(last, span));
+        edges.with(self.values_of_children(first + 1, last - 1))
     }
 
     fn find(&self, span: Span, value: bool) -> Option<u64> {
         let (mut first, last) = span.children(N::SHIFT);
-        loop {
+        while first <= last {
             let child = self.child_with(first, last, value)?;
             let part = span.part(child, N::SHIFT);
             let tag = self.tag(child);
@@ -488,6 +393,7 @@ impl<N: Node> Node for Branch<N> {
             }
             first = child + 1;
         }
+        None
     }
 
     fn count(&self, span: Span) -> u64 {
@@ -505,7 +411,8 @@ impl<N: Node> Node for Branch<N> {
     }
 
     fn heap_bytes(&self) -> usize {
-        self.children.iter().filter_map(OnceBox::get).map(|node| size_of::<N>() + node.heap_bytes()).sum()
+        let below = |nodes: &[N; FAN_OUT]| nodes.iter().map(Node::heap_bytes).sum::<usize>();
+        self.children.get().map_or(0, |nodes| size_of_val(nodes) + below(nodes))
     }
 }
 
@@ -513,104 +420,34 @@ impl<N: Node> Clone for Branch<N> {
     /// Copies what is attached. A copied child gets the tag that it then deserves: while a writer is at work it may
     /// have become uniform meanwhile.
     fn clone(&self) -> Self {
-        let copy = Self::uniform(false);
-        for child in 0..FAN_OUT as u64 {
-            let tag = self.tag(child);
-            let node =
-                self.attached(child, tag).map(|node| copy.children[slot(child)].get_or_init(|| Box::new(node.clone())));
-            copy.put_tags(child, child, node.map_or(tag, Node::whole));
+        let copy = Self { tags: in_words(self.tags()).map(AtomicU64::new), children: OnceBox::new() };
+        if !copy.any_mixed() {
+            return copy;
         }
-        copy
+        let nodes: Box<[N; FAN_OUT]> = Box::new(core::array::from_fn(|child| {
+            let child = child as u64;
+            let node = self.attached(child, copy.tag(child)).map_or_else(|| N::uniform(false), N::clone);
+            if copy.tag(child) == Values::MIXED {
+                copy.put_tag(child, node.whole());
+            }
+            node
+        }));
+        Self { children: OnceBox::with_value(nodes), ..copy }
     }
 }
 
 impl<N: Node> PartialEq for Branch<N> {
     fn eq(&self, other: &Self) -> bool {
-        let same_tags = self.tags.iter().zip(&other.tags).all(|(a, b)| a.load(Acquire) == b.load(Acquire));
-        same_tags && self.each_attached().all(|(child, node)| other.children[slot(child)].get() == Some(node))
+        let same = |(child, node)| other.attached(child, Values::MIXED) == Some(node);
+        self.tags() == other.tags() && self.each_attached().all(same)
     }
 }
+
+impl<N: Node> Eq for Branch<N> {}
 
 impl<N: Node> Hash for Branch<N> {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        self.tags.iter().for_each(|tags| state.write_u64(tags.load(Acquire)));
+        state.write_u128(self.tags());
         self.each_attached().for_each(|(_, node)| node.hash(state));
-    }
-}
-
-/// A tree of more than one word. Its node is allocated when a page first differs from the initial value, and then
-/// always attached.
-#[derive(Debug)]
-pub(super) struct Tree<N> {
-    initial: bool,
-    node: OnceBox<N>,
-}
-
-impl<N: Node> Tree<N> {
-    pub(super) fn uniform(initial: bool) -> Self {
-        Self { initial, node: OnceBox::new() }
-    }
-
-    #[inline]
-    pub(super) fn get(&self, page: u64) -> bool {
-        self.node.get().map_or(self.initial, |node| node.get(page))
-    }
-
-    pub(super) fn set(&self, span: Span, value: bool) {
-        match self.node.get() {
-            Some(node) => node.set(span, value),
-            None if value == self.initial => {}
-            None => prepare(&self.node, self.initial).set(span, value),
-        }
-    }
-
-    pub(super) fn values(&self, span: Span) -> Values {
-        self.node.get().map_or(Values::only(self.initial), |node| node.values(span))
-    }
-
-    pub(super) fn find(&self, span: Span, value: bool) -> Option<u64> {
-        match self.node.get() {
-            Some(node) => node.find(span, value),
-            None => (value == self.initial).then_some(span.first),
-        }
-    }
-
-    pub(super) fn count(&self, span: Span) -> u64 {
-        match self.node.get() {
-            Some(node) => node.count(span),
-            None if self.initial => span.len(),
-            None => 0,
-        }
-    }
-
-    pub(super) fn heap_bytes(&self) -> usize {
-        self.node.get().map_or(0, |node| size_of::<N>() + node.heap_bytes())
-    }
-
-    /// The node unless it says nothing that its absence would not say.
-    fn telling(&self) -> Option<&N> {
-        self.node.get().filter(|node| node.whole() != Values::only(self.initial))
-    }
-}
-
-impl<N: Node> Clone for Tree<N> {
-    fn clone(&self) -> Self {
-        let node = self.telling().map(|node| Box::new(node.clone()));
-        Self { initial: self.initial, node: node.map_or_else(OnceBox::new, OnceBox::with_value) }
-    }
-}
-
-impl<N: Node> PartialEq for Tree<N> {
-    fn eq(&self, other: &Self) -> bool {
-        self.initial == other.initial && self.telling() == other.telling()
-    }
-}
-
-impl<N: Node> Eq for Tree<N> {}
-
-impl<N: Node> Hash for Tree<N> {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.initial.hash(state);
-        self.telling().hash(state);
     }
 }

@@ -225,7 +225,7 @@ fn small_sets_allocate_nothing() {
     let set = PageSet::with_capacity(64, false);
     set.set(3, 9, true);
     assert_eq!(set.heap_bytes(), 0);
-    assert!(size_of::<PageSet>() <= 40);
+    assert!(size_of::<PageSet>() <= 48);
 }
 
 #[test]
@@ -236,9 +236,9 @@ fn uniform_memory_costs_nothing() {
     let set = PageSet::with_capacity(TIB, false);
     set.set(0, TIB, true);
     assert_eq!(set.uniform(0, TIB), Some(true));
-    assert!(set.heap_bytes() < 1024);
+    assert_eq!(set.heap_bytes(), 0);
     set.set(1, TIB - 2, false);
-    assert!(set.heap_bytes() < 8 * 1024, "two edges, {} bytes", set.heap_bytes());
+    assert!(set.heap_bytes() < 10 * 1024, "two edges, {} bytes", set.heap_bytes());
 }
 
 #[test]
