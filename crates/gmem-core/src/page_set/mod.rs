@@ -174,8 +174,13 @@ impl PageSet {
     ///
     /// Calls must not overlap in time with one another. A call allocates when a block becomes mixed for the first time.
     pub fn set(&self, start: u64, len: u64, value: bool) {
-        if let Some(span) = self.inside(start, len) {
-            at_root!(&self.root, node => node.set(span, value));
+        match self.inside(start, len) {
+            None => {}
+            Some(span) if span.first == span.last => {
+                // Above the root there is no tag to correct.
+                let _ = at_root!(&self.root, node => node.set_page(start, value));
+            }
+            Some(span) => at_root!(&self.root, node => node.set(span, value)),
         }
     }
 

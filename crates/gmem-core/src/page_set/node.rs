@@ -115,6 +115,9 @@ pub(super) trait Node: Clone + PartialEq + Hash {
     /// The value of `page`, of which only the bits below `SHIFT` count.
     fn get(&self, page: u64) -> bool;
     fn set(&self, span: Span, value: bool);
+    /// `set` for one page in an attached node. Returns whether the node may have become uniform: a page that makes a
+    /// child mixed leaves the ancestors of the child as mixed as they were, so mostly nothing is left to do above.
+    fn set_page(&self, page: u64, value: bool) -> bool;
     fn values(&self, span: Span) -> Values;
     /// The first page of `span` that has `value`.
     fn find(&self, span: Span, value: bool) -> Option<u64>;
@@ -147,7 +150,11 @@ impl Node for Word {
     }
 
     fn reset(&self, value: bool) {
-        self.store(if value { u64::MAX } else { 0 });
+        let word = if value { u64::MAX } else { 0 };
+        // Looking first is faster where the word is not cached: loads overlap, stores wait for one another.
+        if self.0.load(Relaxed) != word {
+            self.store(word);
+        }
     }
 
     fn whole(&self) -> Values {
@@ -162,6 +169,14 @@ impl Node for Word {
     fn set(&self, span: Span, value: bool) {
         let old = self.0.load(Relaxed);
         self.store(if value { old | span.mask() } else { old & !span.mask() });
+    }
+
+    #[inline]
+    fn set_page(&self, page: u64, value: bool) -> bool {
+        let (old, bit) = (self.0.load(Relaxed), 1 << (page & 63));
+        let new = if value { old | bit } else { old & !bit };
+        self.store(new);
+        new == 0 || new == u64::MAX
     }
 
     fn values(&self, span: Span) -> Values {
@@ -362,6 +377,21 @@ impl<N: Node> Node for Branch<N> {
             self.put_tags(first + 1, last - 1, Values::only(value));
             self.set_part(last, span, value);
         }
+    }
+
+    #[inline]
+    fn set_page(&self, page: u64, value: bool) -> bool {
+        let child = page >> N::SHIFT & 63;
+        let tag = self.tag(child);
+        if tag == Values::only(value) {
+            return false;
+        }
+        let node = self.attached(child, tag).unwrap_or_else(|| self.attach(child, !value));
+        if !node.set_page(page, value) {
+            return false;
+        }
+        self.put_tag(child, node.whole());
+        self.whole() != Values::MIXED
     }
 
     #[inline]
