@@ -134,6 +134,7 @@ impl<V: Linear> RunMap<V> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use alloc::vec::Vec;
     use proptest::prelude::*;
 
     #[derive(Clone, PartialEq, Eq, Debug)]
@@ -157,10 +158,74 @@ mod tests {
         map.insert(10, 5, Value::Moving(100));
         map.insert(20, 5, Value::Moving(110));
         map.insert(15, 5, Value::Moving(105));
-        assert_eq!(map.iter().collect::<alloc::vec::Vec<_>>(), [(10, 15, &Value::Moving(100))]);
+        assert_eq!(map.iter().collect::<Vec<_>>(), [(10, 15, &Value::Moving(100))]);
+    }
+
+    #[test]
+    fn replacing_the_middle_of_a_run_keeps_its_sides() {
+        let mut map = RunMap::new();
+        map.insert(0, 10, Value::Moving(100));
+        map.insert(4, 2, Value::Constant(1));
+        let runs: Vec<_> = map.runs(3, 5).collect();
+        assert_eq!(runs, [(3, 1, Value::Moving(103)), (4, 2, Value::Constant(1)), (6, 2, Value::Moving(106))]);
+        map.insert(4, 2, Value::Moving(104));
+        assert_eq!(map.run_count(), 1);
+    }
+
+    #[test]
+    fn ranges_end_with_the_page_numbers() {
+        let mut map = RunMap::new();
+        map.insert(u64::MAX - 2, 9, Value::Constant(1));
+        assert_eq!(map.iter().collect::<Vec<_>>(), [(u64::MAX - 2, 2, &Value::Constant(1))]);
+        assert_eq!((map.get(u64::MAX - 1), map.get(u64::MAX)), (Some(Value::Constant(1)), None));
+        map.insert(u64::MAX, 1, Value::Constant(2));
+        map.insert(0, u64::MAX, Value::Constant(1));
+        assert_eq!(map.runs(5, u64::MAX).collect::<Vec<_>>(), [(5, u64::MAX - 5, Value::Constant(1))]);
+        map.remove(1, u64::MAX);
+        assert_eq!(map.iter().collect::<Vec<_>>(), [(0, 1, &Value::Constant(1))]);
+    }
+
+    #[test]
+    fn no_pages_change_nothing() {
+        let mut map = RunMap::new();
+        map.insert(7, 0, Value::Constant(1));
+        assert!(map.is_empty());
+        map.insert(7, 3, Value::Constant(1));
+        map.insert(8, 0, Value::Constant(2));
+        map.remove(8, 0);
+        assert_eq!((map.run_count(), map.runs(8, 0).count()), (1, 0));
     }
 
     proptest! {
+        #[test]
+        fn queried_runs_are_cut_to_the_range(
+            inserts in prop::collection::vec((0u64..64, 1u64..12, 0u8..3), 0..20), start in 0u64..80, len in 0u64..40,
+        ) {
+            let mut map = RunMap::new();
+            let mut oracle: [Option<u8>; 128] = [None; 128];
+            for (at, n, value) in inserts {
+                map.insert(at, n, Value::Constant(value));
+                (at..at + n).for_each(|page| oracle[usize::try_from(page).unwrap()] = Some(value));
+            }
+            let got: Vec<(u64, Value)> =
+                map.runs(start, len).flat_map(|(at, n, value)| (at..at + n).map(move |page| (page, value.clone()))).collect();
+            let valued = |page| Some((page, Value::Constant(oracle[usize::try_from(page).unwrap()]?)));
+            prop_assert_eq!(got, (start..start + len).filter_map(valued).collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn equal_contents_are_equal_maps(ops in prop::collection::vec((0u64..64, 1u64..12, 0u8..4), 0..30)) {
+            let mut map = RunMap::new();
+            for (at, n, kind) in ops {
+                if kind == 0 { map.remove(at, n) } else { map.insert(at, n, Value::Constant(kind)) }
+            }
+            let mut page_by_page = RunMap::new();
+            for page in (0..96).rev() {
+                if let Some(value) = map.get(page) { page_by_page.insert(page, 1, value) }
+            }
+            prop_assert_eq!(map, page_by_page);
+        }
+
         #[test]
         fn agrees_with_one_value_per_page(ops in prop::collection::vec((0u64..64, 0u64..20, 0u8..4, any::<bool>()), 1..60)) {
             let mut map = RunMap::new();
