@@ -1,2 +1,44 @@
-//! `gmem`.
-fn main() {}
+//! `gmem`: guest private memory for unmodified KVM programs, and tools to study it.
+
+mod check;
+mod elf;
+mod probe;
+mod run;
+mod types;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Guest private memory for virtual machines, without the hardware.
+///
+/// gmem gives an unmodified VMM or KVM test a KVM that has guest_memfd, memory attributes and protected VM types, on any
+/// kernel and without privileges beyond access to /dev/kvm.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a program with guest private memory.
+    Run(run::Arguments),
+    /// Show what this host's kernel has, what gmem adds, and what would be native.
+    Probe(probe::Arguments),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Run(arguments) => run::run(&arguments),
+        Command::Probe(arguments) => probe::run(&arguments),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("gmem: {error:#}");
+            ExitCode::from(error.downcast_ref::<run::Refused>().map_or(1, run::Refused::exit_code))
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! `gmem run`: a program becomes one that has guest private memory, by exec.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use gmem_uapi::native::Native;
+use gmem_uapi::profile::{self, Profile};
+use gmem_uapi::{Config, Errno};
+use rustix::fs::MemfdFlags;
+use rustix::process::{Resource, getrlimit};
+
+use crate::elf::{self, Kind};
+use crate::types;
+
+/// The library that goes in front of libc.
+static LIBRARY: &[u8] = include_bytes!(env!("GMEM_PRELOAD_LIBRARY"));
+
+/// Run a program with guest private memory.
+///
+/// The program is exec'ed: same process, same standard streams, its own exit status and signals. Its children inherit gmem.
+/// A VM type that the host's KVM has by itself is left to it, unless --emulate is given.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  gmem run -- ./private_mem_conversions_test
+  gmem run --profile linux-7.3 -- ./guest_memfd_test
+  gmem run -v --types sw-protected -- ./my-vmm --config vm.json")]
+pub(crate) struct Arguments {
+    /// The kernel to behave like: linux-6.12, linux-6.18, linux-7.3 [default: the one nearest to the host's].
+    #[arg(long, value_name = "PROFILE")]
+    profile: Option<String>,
+    /// VM types to provide, separated by commas.
+    #[arg(long, value_name = "TYPES", default_value = "default,sw-protected")]
+    types: String,
+    /// Provide them even where the host has them.
+    #[arg(long)]
+    emulate: bool,
+    /// Say on standard error what is provided before the program starts.
+    #[arg(short, long)]
+    verbose: bool,
+    /// The program and its arguments.
+    #[arg(last = true, required = true, value_name = "PROGRAM")]
+    program: Vec<OsString>,
+}
+
+/// A program that cannot be run, with the exit code that a shell would give.
+#[derive(Debug)]
+pub(crate) struct Refused {
+    why: String,
+    code: u8,
+}
+
+impl Refused {
+    pub(crate) fn exit_code(&self) -> u8 {
+        self.code
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.why)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+fn refuse<T>(code: u8, why: impl Into<String>) -> Result<T> {
+    Err(Refused { why: why.into(), code }.into())
+}
+
+const CANNOT_EXECUTE: u8 = 126;
+const NOT_FOUND: u8 = 127;
+
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    let [program, rest @ ..] = arguments.program.as_slice() else { return refuse(2, "no program given") };
+    let wanted = types::parse_mask(&arguments.types)?;
+    let path = find(program)?;
+    check_program(&path)?;
+    let native = native()?;
+    let profile = profile(arguments.profile.as_deref(), &native)?;
+    let config = Config::for_host(&native, profile, wanted, arguments.emulate);
+    if arguments.verbose {
+        eprintln!("{}", describe(&native, &config, wanted));
+    }
+    let mut command = Command::new(&path);
+    command.arg0(program).args(rest);
+    let library = if config.emulated == 0 { None } else { Some(interpose(&mut command, &config)?) };
+    let error = command.exec();
+    drop(library);
+    Err(error).with_context(|| format!("cannot execute {}", path.display()))
+}
+
+fn describe(native: &Native, config: &Config, wanted: u32) -> String {
+    let list = |mask: u32| match types::names(mask).join(", ") {
+        names if names.is_empty() => "none".to_owned(),
+        names => names,
+    };
+    format!(
+        "gmem: as {}, on {}; provided: {}; left to the host: {}",
+        config.profile.name,
+        native.release,
+        list(config.emulated),
+        list(wanted & !config.emulated),
+    )
+}
+
+/// The host's KVM, or what to do to have one.
+pub(crate) fn native() -> Result<Native> {
+    let advice = |error: Errno| match error {
+        Errno::NOENT | Errno::NODEV | Errno::NXIO => {
+            "there is no /dev/kvm: load kvm_intel or kvm_amd, or pass the device into the container or VM"
+        }
+        Errno::ACCESS | Errno::PERM => "you may not open /dev/kvm: join the group that owns it (usually kvm)",
+        _ => "/dev/kvm cannot be opened",
+    };
+    Native::probe().map_err(|error| anyhow::anyhow!("{} ({error})", advice(error)))
+}
+
+fn profile(name: Option<&str>, native: &Native) -> Result<&'static Profile> {
+    let Some(name) = name else { return Ok(native.profile()) };
+    let known = profile::PROFILES.iter().map(|profile| profile.name).collect::<Vec<_>>().join(", ");
+    profile::by_name(name).with_context(|| format!("no profile {name:?}; there are {known}"))
+}
+
+fn find(program: &OsStr) -> Result<PathBuf> {
+    let path = Path::new(program);
+    if path.components().count() > 1 || path.is_absolute() {
+        return Ok(path.to_owned());
+    }
+    let places = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&places).map(|place| place.join(program)).find(|path| is_executable(path));
+    match found {
+        Some(path) => Ok(path),
+        None => refuse(NOT_FOUND, format!("{}: not found in PATH", path.display())),
+    }
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.metadata().is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
+}
+
+/// Refuses what the library could not be put in front of, before anything starts.
+fn check_program(path: &Path) -> Result<()> {
+    const SET_ID: u32 = 0o6000;
+    let shown = path.display();
+    let Ok(data) = path.metadata() else { return refuse(NOT_FOUND, format!("{shown}: no such file")) };
+    if !is_executable(path) {
+        return refuse(CANNOT_EXECUTE, format!("{shown}: not an executable file"));
+    }
+    if data.permissions().mode() & SET_ID != 0 && !rustix::process::geteuid().is_root() {
+        return refuse(CANNOT_EXECUTE, format!("{shown}: is set-user-ID, so no library can be put in front of it"));
+    }
+    let mut path = path.to_owned();
+    // The kernel follows at most four interpreters.
+    for _ in 0..4 {
+        match elf::kind(&path).with_context(|| format!("cannot read {}", path.display()))? {
+            Kind::Script(interpreter) => path = interpreter,
+            kind => return check_kind(&path, &kind),
+        }
+    }
+    Ok(())
+}
+
+fn check_kind(path: &Path, kind: &Kind) -> Result<()> {
+    let shown = path.display();
+    match kind {
+        Kind::Dynamic(linker) if linker.to_string_lossy().contains("musl") => {
+            refuse(CANNOT_EXECUTE, format!("{shown}: is linked with musl; gmem needs a program that uses glibc"))
+        }
+        Kind::Dynamic(_) | Kind::Script(_) => Ok(()),
+        Kind::Static => refuse(
+            CANNOT_EXECUTE,
+            format!(
+                "{shown}: is statically linked, so no library can be put in front of it; build it dynamically \
+                 (for Rust: a -gnu target and no +crt-static)"
+            ),
+        ),
+        Kind::Foreign => refuse(CANNOT_EXECUTE, format!("{shown}: is not a program for x86-64 Linux")),
+    }
+}
+
+/// Puts the library in front. It lives in a memfd, so nothing is left on any file system; the descriptor stays open over exec
+/// and is inherited, because children load the library through it too.
+fn interpose(command: &mut Command, config: &Config) -> Result<OwnedFd> {
+    let library = library().context("cannot make a memfd for the preload library")?;
+    let number = library.as_raw_fd();
+    let mut preload = OsString::from(format!("/proc/self/fd/{number}"));
+    if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
+        preload.push(":");
+        preload.push(others);
+    }
+    command.env("LD_PRELOAD", preload);
+    command.env("GMEM_PROFILE", config.profile.name);
+    command.env("GMEM_EMULATED_TYPES", config.emulated.to_string());
+    command.env("GMEM_LIBRARY_FD", number.to_string());
+    Ok(library)
+}
+
+fn library() -> Result<OwnedFd, Errno> {
+    let file = rustix::fs::memfd_create("gmem", MemfdFlags::CLOEXEC)?;
+    let mut left = LIBRARY;
+    while !left.is_empty() {
+        let written = rustix::io::write(&file, left)?;
+        left = &left[written..];
+    }
+    // Out of the way of the client's numbering, and not close-on-exec.
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(1024).min(1024);
+    let high = i32::try_from(limit).unwrap_or(1024) - 1;
+    let file = rustix::io::fcntl_dupfd_cloexec(&file, high).or(Ok::<_, Errno>(file))?;
+    rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty())?;
+    Ok(file)
+}
