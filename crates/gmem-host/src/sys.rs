@@ -9,6 +9,7 @@ use core::arch::asm;
 use rustix::fd::{AsRawFd, BorrowedFd};
 use rustix::io::Errno;
 
+const SYS_RT_SIGPROCMASK: usize = 14;
 const SYS_IOCTL: usize = 16;
 const SYS_PROCESS_VM_READV: usize = 310;
 const SYS_PROCESS_VM_WRITEV: usize = 311;
@@ -53,6 +54,44 @@ pub unsafe fn ioctl(fd: BorrowedFd<'_>, request: u32, arg: usize) -> Result<i32,
     // SAFETY: passed on to the caller.
     let value = unsafe { syscall6(SYS_IOCTL, [fd, request as usize, arg, 0, 0, 0]) }?;
     i32::try_from(value).map_err(|_| Errno::OVERFLOW)
+}
+
+/// While it lives, this thread takes no signals.
+///
+/// A signal handler of the client may call into gmem; it must not find this thread holding a lock that the call needs.
+#[derive(Debug)]
+pub struct SignalsBlocked {
+    before: u64,
+}
+
+impl SignalsBlocked {
+    /// Blocks every signal that can be blocked.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { before: set_signal_mask(u64::MAX) }
+    }
+}
+
+impl Default for SignalsBlocked {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for SignalsBlocked {
+    fn drop(&mut self) {
+        set_signal_mask(self.before);
+    }
+}
+
+/// Sets the mask and returns the old one.
+fn set_signal_mask(mask: u64) -> u64 {
+    const SIG_SETMASK: usize = 2;
+    let mut old = 0u64;
+    let args = [SIG_SETMASK, (&raw const mask).addr(), (&raw mut old).addr(), size_of::<u64>(), 0, 0];
+    // SAFETY: the kernel reads `mask` and writes `old`, both of the size given.
+    let _ = unsafe { syscall6(SYS_RT_SIGPROCMASK, args) };
+    old
 }
 
 #[repr(C)]

@@ -1,15 +1,18 @@
 //! The exported functions. Each is the libc function of its name, so the safety of each is that function's.
-#![expect(clippy::missing_safety_doc, reason = "the contract of every function here is that of its namesake in libc")]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    reason = "C passes all of these in registers of 64 bits, and libc's types have fixed widths on x86-64"
+)]
 
 use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_ulong, c_void};
 
 use gmem_uapi::FileCall;
 use libc::{mode_t, off_t, size_t, ssize_t};
 
-use crate::{answer, process, real, seccomp, tell};
+use crate::{answer, library, process, real, seccomp, tell};
 
 /// The kernel compares the low 32 bits; C callers may pass a sign-extended number.
-#[expect(clippy::cast_possible_truncation, reason = "the kernel ignores the upper half")]
 fn request(number: c_ulong) -> u32 {
     number as u32
 }
@@ -51,6 +54,9 @@ export! {
     }
 
     fn close(fd: c_int) -> c_int {
+        if library::is(fd) {
+            return 0;
+        }
         // Before the real call: afterwards another thread may get the number.
         tell(|process| process.closed(fd));
         real::close(fd)
@@ -62,7 +68,11 @@ export! {
             let clip = |fd: c_uint| c_int::try_from(fd).unwrap_or(c_int::MAX);
             tell(|process| process.closed_range(clip(first), clip(last)));
         }
-        real::close_range(first, last, flags)
+        let parts = library::around(first, last).into_iter().flatten();
+        parts.fold(0, |result, (first, last)| match real::close_range(first, last, flags) {
+            0 => result,
+            error => error,
+        })
     }
 
     fn closefrom(first: c_int) -> () {
@@ -328,11 +338,8 @@ export! {
 /// As `syscall` of libc.
 unsafe fn by_number(number: c_long, args: [usize; 6]) -> c_long {
     let [a, b, c, d, e, f] = args;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "registers hold C ints")]
     let int = |value: usize| value as c_int;
-    #[expect(clippy::cast_possible_wrap, reason = "registers hold signed offsets")]
     let offset = |value: usize| value as off_t;
-    #[expect(clippy::cast_possible_wrap, reason = "an address in a register")]
     let address = |value: usize| value as c_long;
     // SAFETY: the same call with the same arguments, through the function that stands for it.
     unsafe {

@@ -4,6 +4,8 @@
 //! call. A panic inside gmem becomes EIO and never reaches the client.
 
 mod calls;
+mod fork;
+mod library;
 mod real;
 mod seccomp;
 
@@ -33,9 +35,11 @@ fn from_environment() -> Option<Process> {
 }
 
 extern "C" fn initialise() {
+    real::resolve_all();
+    library::find();
     let process = catch_unwind(from_environment).unwrap_or(None);
     let _ = PROCESS.set(process);
-    real::resolve_all();
+    fork::register();
     seccomp::prepare();
 }
 

@@ -16,5 +16,5 @@ mod vcpu;
 mod vm;
 
 pub use memfd::FileCall;
-pub use process::{Answer, Config, Process};
+pub use process::{Answer, Config, ForkGuard, Process};
 pub use rustix::io::Errno;

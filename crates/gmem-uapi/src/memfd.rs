@@ -20,7 +20,10 @@ pub(crate) struct FileObject {
 
 impl Drop for FileObject {
     fn drop(&mut self) {
-        self.vm.close_file(self.id);
+        // A child of fork has a copy of the bookkeeping; the file is its parent's.
+        if self.vm.check_owner().is_ok() {
+            self.vm.close_file(self.id);
+        }
     }
 }
 

@@ -1,13 +1,14 @@
 //! A client process: which of its descriptors are gmem's, and the dispatch of its calls.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, Weak};
 
 use gmem_core::file::FileFlags;
 use gmem_core::ops::{Claim, FileClaim};
 use gmem_core::slot::SlotFlags;
 use gmem_host::client::ClientMemory;
+use gmem_host::sys::SignalsBlocked;
 use gmem_host::{fds, kvm};
 use rustix::fd::AsFd;
 use rustix::io::Errno;
@@ -74,6 +75,16 @@ pub struct Process {
     client: Arc<Mutex<ClientMemory>>,
     mappings: Mutex<Mappings>,
     mapping_count: AtomicUsize,
+    pid: AtomicI32,
+}
+
+/// Locks held over a fork.
+#[derive(Debug)]
+pub struct ForkGuard<'a> {
+    _mappings: MutexGuard<'a, Mappings>,
+    _vms: MutexGuard<'a, Vec<Weak<VmObject>>>,
+    _fds: RwLockWriteGuard<'a, Vec<Option<Entry>>>,
+    _client: MutexGuard<'a, ClientMemory>,
 }
 
 impl Process {
@@ -90,6 +101,7 @@ impl Process {
             client: Arc::default(),
             mappings: Mutex::default(),
             mapping_count: AtomicUsize::new(0),
+            pid: AtomicI32::new(rustix::process::getpid().as_raw_nonzero().get()),
         }
     }
 
@@ -121,7 +133,12 @@ impl Process {
         if !abi::is_kvm(request) {
             return self.file(fd).map_or(Answer::Pass, |_| Answer::Done(Err(Errno::NOTTY)));
         }
-        match self.entry(fd) {
+        let entry = self.entry(fd);
+        if let (Some(Entry::Vcpu(vcpu)), abi::RUN, 0) = (&entry, request, arg) {
+            return Answer::Done(vcpu.run());
+        }
+        let _signals = entry.is_some().then(SignalsBlocked::new);
+        match entry {
             Some(Entry::Vcpu(vcpu)) => vcpu_ioctl(&vcpu, request, arg),
             Some(Entry::Vm(vm)) => self.vm_ioctl(&vm, request, arg),
             Some(Entry::File(_)) => Answer::Done(Err(Errno::NOTTY)),
@@ -234,7 +251,9 @@ impl Process {
 
     /// A system call on a descriptor that may be a guest_memfd.
     pub fn file_call(&self, fd: i32, call: FileCall) -> Answer<i64> {
-        self.file(fd).map_or(Answer::Pass, |file| Answer::Done(file.call(call)))
+        let Some(file) = self.file(fd) else { return Answer::Pass };
+        let _signals = SignalsBlocked::new();
+        Answer::Done(file.call(call))
     }
 
     /// `mmap` of a descriptor that may be a guest_memfd.
@@ -255,9 +274,31 @@ impl Process {
 
     /// The client closed `fd`. To be called before the number can be used again.
     pub fn closed(&self, fd: i32) {
-        if self.entry(fd).is_some() {
+        if self.entry(fd).is_some() && self.is_own_memory() {
+            let _signals = SignalsBlocked::new();
             drop(self.replace(fd, None));
         }
+    }
+
+    /// False in a child of vfork, which shares this memory but not the descriptors.
+    fn is_own_memory(&self) -> bool {
+        self.pid.load(Ordering::Relaxed) == rustix::process::getpid().as_raw_nonzero().get()
+    }
+
+    /// Takes every lock of the process, so that a fork finds none of them held by a thread that the child does not have.
+    #[must_use]
+    pub fn before_fork(&self) -> ForkGuard<'_> {
+        ForkGuard {
+            _mappings: lock(&self.mappings),
+            _vms: lock(&self.vms),
+            _fds: self.fds.write().unwrap_or_else(PoisonError::into_inner),
+            _client: lock(&self.client),
+        }
+    }
+
+    /// The process is a child of fork now, with descriptors and memory of its own.
+    pub fn is_child(&self) {
+        self.pid.store(rustix::process::getpid().as_raw_nonzero().get(), Ordering::Relaxed);
     }
 
     /// The client closed the descriptors `first..=last`.
@@ -325,8 +366,6 @@ fn cut(mappings: &mut Mappings, start: usize, end: usize) -> Vec<Arc<FileObject>
 
 fn vcpu_ioctl(vcpu: &VcpuObject, request: u32, arg: usize) -> Answer<i32> {
     match request {
-        // The real call checks who makes it.
-        abi::RUN if arg == 0 => Answer::Done(vcpu.run()),
         abi::PRE_FAULT_MEMORY => Answer::Done(vcpu.vm().check_owner().and_then(|()| vcpu.pre_fault(arg))),
         _ => Answer::Pass,
     }
