@@ -37,10 +37,16 @@ pub(super) fn follow(probe: &mut Probe<'_>) -> Step {
     let info = factory.info(&instruction);
     let explicit = usize::from((0..instruction.op_count()).any(|op| is_explicit(&instruction, info.op_access(op), op)));
     let operands = operands(probe, &instruction, info.used_memory(), explicit)?;
-    for operand in &operands {
-        probe.touch(operand.linear, operand.size, operand.touch, Rights::Current)?;
-    }
-    segment::loads(probe, &instruction, &operands)
+    // A far call loads its descriptor between reading the pointer and pushing the return address.
+    let reads = operands.iter().position(|operand| operand.touch == Touch::Store).unwrap_or(operands.len());
+    let (reads, writes) = operands.split_at(reads);
+    touch_all(probe, reads)?;
+    segment::loads(probe, &instruction, &operands)?;
+    touch_all(probe, writes)
+}
+
+fn touch_all(probe: &mut Probe<'_>, operands: &[Operand]) -> Step {
+    operands.iter().try_for_each(|operand| probe.touch(operand.linear, operand.size, operand.touch, Rights::Current))
 }
 
 fn is_explicit(instruction: &Instruction, access: OpAccess, op: u32) -> bool {

@@ -6,11 +6,13 @@
 //! 1. **VMX and SVM** return a bare EFAULT from `KVM_RUN`, with a stale `exit_reason` and no address. The vCPU stands
 //!    precisely before the instruction, before the current iteration of a repeated one, or before an interrupted event
 //!    delivery. [`locate`] follows what the processor was about to do, through the guest's page tables, until it meets
-//!    the forbidden frame. An instruction fetch that an emulating host cannot make ends as an internal error
-//!    ([`RunArea::is_emulation_failure`]) with the vCPU in the same position, so `locate` answers for it too.
+//!    the forbidden frame.
 //! 2. **An emulator** (a KVM that interprets ring 0, or an ordinary one in the middle of an instruction that it
 //!    emulates) takes the frame for a device: `KVM_RUN` returns 0 with `KVM_EXIT_MMIO` and the address. A read is undone
-//!    with [`put_back_read`]; a write has already left the instruction behind and is kept in a [`PendingWrite`].
+//!    with [`put_back_read`]; a write has already left the instruction behind and is kept in a [`PendingWrite`]. An
+//!    instruction that it cannot fetch is an internal error ([`RunArea::is_emulation_failure`]), which
+//!    [`locate_failed_emulation`] explains. Outside ring 0 an ordinary KVM gives the guest an invalid-opcode exception
+//!    instead, unless the VM has `KVM_CAP_EXIT_ON_EMULATION_FAILURE`.
 //!
 //! Nothing here needs privileges, logs, prints or panics, and every system call is issued from this library's own text.
 //!
@@ -30,7 +32,8 @@
 //! - task gates and task switches, call gates, `INT n` redirected in virtual-8086 mode, `INTO`, `BOUND`;
 //! - shadow stacks, protection keys, address tagging (LAM, UAI), reserved bits in page tables;
 //! - supervisor state components of XSAVES and XRSTORS; XSAVE and its kin are taken to store every requested component,
-//!   also those that are in their initial state; AVX-512 compress and expand are taken as masked moves;
+//!   also those that are in their initial state; AVX-512 compress and expand are taken as masked moves, MASKMOVQ and
+//!   MASKMOVDQU as whole stores;
 //! - PAE's four top entries are taken to be read from memory, which a VMX processor does only when CR3 is loaded.
 
 mod event;
@@ -111,13 +114,46 @@ pub fn locate<V: GuestView>(
     locate_in(&kvm::Vcpu(vcpu), view, forbidden)
 }
 
+/// [`locate`] for an exit that is [`RunArea::is_emulation_failure`]: usually KVM could not fetch the instruction.
+///
+/// If the answer is an access, the vCPU stands before it as if nothing had happened. If it is `None`, nothing has been
+/// changed and the exit is the client's.
+///
+/// # Errors
+/// What the vCPU's `KVM_GET_*` and `KVM_SET_VCPU_EVENTS` calls return.
+pub fn locate_failed_emulation<V: GuestView>(
+    vcpu: BorrowedFd<'_>,
+    view: &V,
+    forbidden: &mut dyn FnMut(Gfn, AccessKind) -> bool,
+) -> Result<Option<Access>, Errno> {
+    const UD_VECTOR: u8 = 6;
+    let vcpu = kvm::Vcpu(vcpu);
+    let events = vcpu.events()?;
+    let found = follow(&vcpu, view, forbidden, None)?;
+    // `handle_emulation_failure()` queues an invalid-opcode exception beside the exit; the guest has not earned it.
+    if found.is_some() && events.exception_nr == UD_VECTOR {
+        vcpu.set_events(kvm::Events { exception_injected: 0, exception_pending: 0, ..events })?;
+    }
+    Ok(found)
+}
+
 fn locate_in(
     source: &dyn Source,
     view: &dyn GuestView,
     forbidden: &mut dyn FnMut(Gfn, AccessKind) -> bool,
 ) -> Result<Option<Access>, Errno> {
-    let cpu = Cpu { regs: source.regs()?, sregs: source.sregs()? };
     let event = event::next(&source.events()?);
+    follow(source, view, forbidden, event)
+}
+
+/// Follows the delivery of `event`, or the instruction at RIP.
+fn follow(
+    source: &dyn Source,
+    view: &dyn GuestView,
+    forbidden: &mut dyn FnMut(Gfn, AccessKind) -> bool,
+    event: Option<(u8, event::Origin)>,
+) -> Result<Option<Access>, Errno> {
+    let cpu = Cpu { regs: source.regs()?, sregs: source.sregs()? };
     let mut probe = Probe { cpu, source, view, forbidden };
     let end: Step = match event {
         Some((vector, origin)) => event::deliver(&mut probe, vector, origin),

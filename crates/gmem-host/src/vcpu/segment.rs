@@ -1,7 +1,7 @@
 //! Descriptor loads: what an instruction that names a segment reads from the GDT or LDT, and the far returns that
 //! continue on an outer stack.
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::instr::Operand;
 use super::probe::{Probe, Rights, Step, Stop, Touch};
@@ -57,7 +57,7 @@ pub(super) fn descriptor(probe: &mut Probe<'_>, selector: u16) -> Step<Option<De
     Ok(Some(Descriptor(raw)))
 }
 
-/// The descriptors that `instruction` loads after its operands were read.
+/// The descriptors that `instruction` loads once it has read its operands.
 pub(super) fn loads(probe: &mut Probe<'_>, instruction: &Instruction, operands: &[Operand]) -> Step {
     if !probe.cpu.has_descriptors() {
         return Ok(());
@@ -91,7 +91,7 @@ fn load(probe: &mut Probe<'_>, instruction: &Instruction, selector: u16) -> Step
 fn selector(probe: &mut Probe<'_>, instruction: &Instruction, operands: &[Operand]) -> Step<Option<u16>> {
     match instruction.mnemonic() {
         Mnemonic::Mov | Mnemonic::Pop if instruction.op0_register().is_segment_register() => {
-            source(probe, instruction, instruction.op_count() - 1, operands).map(Some)
+            source(probe, instruction, instruction.op_count().saturating_sub(1), operands).map(Some)
         }
         Mnemonic::Ltr | Mnemonic::Lldt | Mnemonic::Verr | Mnemonic::Verw => {
             source(probe, instruction, 0, operands).map(Some)
@@ -110,7 +110,7 @@ fn selector(probe: &mut Probe<'_>, instruction: &Instruction, operands: &[Operan
 /// A selector in operand `op`, be it a register, memory, or for POP the top of the stack.
 fn source(probe: &mut Probe<'_>, instruction: &Instruction, op: u32, operands: &[Operand]) -> Step<u16> {
     let register = instruction.op_register(op);
-    if register != Register::None && !register.is_segment_register() {
+    if instruction.op_kind(op) == OpKind::Register && !register.is_segment_register() {
         let bytes = probe.cpu.gpr(register).to_le_bytes();
         return Ok(u16::from_le_bytes([bytes[0], bytes[1]]));
     }
