@@ -127,8 +127,9 @@ impl Generator {
 
     /// A world worth disturbing: a VM with three slots, two of them of one file, the first half of the window private.
     fn prologue(&mut self) -> Vec<Op> {
-        let mut ops = vec![Op::VmCreate { vm: 0, kind: Kind::Tested, hypercalls: true }];
-        self.vms[0] = VmPicture { live: true, protected: true, ..Default::default() };
+        let all = self.surface == Surface::All;
+        let mut ops = vec![Op::VmCreate { vm: 0, kind: Kind::Tested, hypercalls: all }];
+        self.vms[0] = VmPicture { live: true, protected: all, ..Default::default() };
         for file in 0..2 {
             let flags = if self.surface == Surface::File { self.pick(&[0, 1, 3, 3]) } else { 0 };
             ops.push(Op::FileCreate { vm: 0, file, size: Hex(4 << 20), flags: Hex(flags), reserved: 0 });
@@ -228,9 +229,14 @@ impl Generator {
             _ => Kind::Tested,
         };
         if !matches!(kind, Kind::Raw(_)) {
-            self.vms[vm] = VmPicture { live: true, protected: kind == Kind::Tested, ..Default::default() };
+            self.vms[vm] = VmPicture {
+                live: true,
+                protected: kind == Kind::Tested && self.surface == Surface::All,
+                ..Default::default()
+            };
         }
-        Op::VmCreate { vm, kind, hypercalls: self.percent(80) }
+        let hypercalls = self.percent(80) && self.surface == Surface::All;
+        Op::VmCreate { vm, kind, hypercalls }
     }
 
     fn vm_close(&mut self) -> Op {
@@ -559,10 +565,10 @@ impl Generator {
     fn guest(&mut self) -> Op {
         let vm = self.vm();
         let act = self.act(vm);
-        let resolve = match self.below(10) {
-            0..=2 => Resolve::Reset,
-            3..=6 => Resolve::Flip,
-            7 => Resolve::Again,
+        let resolve = match (self.surface, self.below(10)) {
+            (_, 0..=2) => Resolve::Reset,
+            (Surface::All, 3..=6) => Resolve::Flip,
+            (_, 3..=7) => Resolve::Again,
             _ => Resolve::Rebind(self.file_of(vm)),
         };
         Op::Guest { vm, act, resolve }
@@ -635,6 +641,7 @@ mod tests {
         for seed in 0..20 {
             for op in sequence(seed, 300, Surface::File) {
                 assert!(!matches!(op, Op::Attributes { .. } | Op::EnableHypercalls { .. }), "{op:?}");
+                assert!(!matches!(op, Op::Guest { act: Act::Hypercall { .. }, .. }), "{op:?}");
             }
         }
     }

@@ -1,4 +1,32 @@
-//! gmem-conformance
+//! A KVM client without any knowledge of gmem, for comparing what guest private memory did: natively on a kernel that has
+//! the feature, and under gmem on one that does not. Run one seed in both places and compare the two transcripts.
+//!
+//! A line of the transcript is the index, the operation, and after the arrow what happened: exits in brackets with what
+//! the client did about them, then the result. The sequence depends on the seed alone. `--skip` leaves operations out
+//! without changing the others, so that a difference can be shrunk.
+//!
+//! | operation | what it compares |
+//! |---|---|
+//! | `VmCreate`, `VmClose` | types offered and refused; descriptors of VM and vCPU closed in either order, with files open and slots bound |
+//! | `Capability`, `EnableHypercalls` | KVM_CHECK_EXTENSION on the device and on a VM; valid bits of KVM_CAP_EXIT_HYPERCALL |
+//! | `FileCreate` | KVM_CREATE_GUEST_MEMFD: sizes 0, unaligned, negative, huge; each flag bit; unchecked reserved words |
+//! | `FileClose`, `FileDup` | a file that is closed while bound, once and through its duplicates |
+//! | `FileCall` | every other system call on the descriptor: stat, read and write in all forms, seek, truncate, sync, re-open, seals, sendfile, splice, copy |
+//! | `Fallocate` | modes, alignment and limits of allocate and punch; later accesses show what a punch left |
+//! | `FileMap`, `Map*` | mapping rules, and bytes or SIGBUS through a mapping |
+//! | `SlotSet`, `SlotDelete` | both versions of KVM_SET_USER_MEMORY_REGION: each check by a spoiled argument, overlaps, moves, flag changes, wrong descriptors, files of another VM |
+//! | `DirtyLog` | that pages the guest wrote are logged (more may be) |
+//! | `Attributes` | argument checks and range edges; later accesses show what was set |
+//! | `PreFault` | argument checks, partial progress, absent slots, private and shared |
+//! | `BadPointer` | EFAULT for a pointer to nothing |
+//! | `Guest` | loads, stores, locked add, string fill and copy, sums, instruction fetches and KVM_HC_MAP_GPA_RANGE; exits with gpa, size and flags; accesses that go on after the client resolved a fault |
+//! | `Host*` | shared memory as the host sees it, of five kinds of mapping, and madvise on it |
+//! | `Fork` | what a child may do with inherited descriptors |
+//!
+//! Not compared, because the kernel itself does not promise it: which pages beyond those written a dirty log has, accesses
+//! in which KVM's instruction emulator would meet private memory, and accesses to private pages for which KVM may still
+//! hold an entry for MMIO (see `world/guest.rs`).
+
 mod agent;
 mod churn;
 mod generate;

@@ -70,9 +70,10 @@ impl World {
                 }
                 Exit::MemoryFault { flags, gpa, .. } if faults < FAULTS => {
                     exits.push(last);
-                    match self.resolve(vm, resolve, faults, flags, gpa) {
-                        Some(note) => exits.note(note),
-                        None => break,
+                    let (note, go_on) = self.resolve(vm, resolve, faults, flags, gpa);
+                    exits.note(note);
+                    if !go_on {
+                        break;
                     }
                     faults += 1;
                 }
@@ -82,16 +83,18 @@ impl World {
         (exits, last)
     }
 
-    fn resolve(&mut self, vm: usize, how: Resolve, faults: u32, flags: u64, gpa: u64) -> Option<String> {
+    /// Reacts to a memory fault: what was done, and whether to run again.
+    fn resolve(&mut self, vm: usize, how: Resolve, faults: u32, flags: u64, gpa: u64) -> (String, bool) {
         match how {
-            Resolve::Reset => None,
-            Resolve::Again if faults < 2 => Some("again".into()),
+            Resolve::Reset => ("reset".into(), false),
+            Resolve::Again if faults < 2 => ("again".into(), true),
             Resolve::Flip | Resolve::Again => {
                 let private = flags & sys::KVM_MEMORY_EXIT_FLAG_PRIVATE;
                 let flipped = private ^ sys::KVM_MEMORY_ATTRIBUTE_PRIVATE;
-                Some(format!("flip {}", result(self.attributes(vm, gpa, PAGE, flipped, 0))))
+                let outcome = self.attributes(vm, gpa, PAGE, flipped, 0);
+                (format!("flip {}", result(outcome)), outcome.is_ok())
             }
-            Resolve::Rebind(file) => Some(self.rebind(vm, gpa, file)),
+            Resolve::Rebind(file) => self.rebind(vm, gpa, file),
         }
     }
 

@@ -38,6 +38,8 @@ struct Shadow {
     private: BTreeSet<u64>,
     /// Pages that were accessed while they were shared and had no slot.
     mmio: BTreeSet<u64>,
+    /// Slots changed and the vCPU has not run since.
+    unsettled: bool,
 }
 
 #[derive(Clone)]

@@ -2,7 +2,7 @@
 
 use super::host::HostArea;
 use super::{Shadow, SlotShadow, Vm, World};
-use crate::agent::{PAGE, WINDOW, WINDOW_LEN};
+use crate::agent::{self, PAGE, Stub, WINDOW, WINDOW_LEN};
 use crate::machine::{Machine, Vcpu};
 use crate::ops::{AREAS, Bad, Hva, Kind, Part, Slot};
 use crate::sys::{self, DirtyLog, PreFault, Region2, Sys};
@@ -75,6 +75,7 @@ impl World {
         let done = sys::ioctl(self.vm_fd(vm), nr, &mut region)?;
         let mappable = super::file::is_mappable(self.fd(slot.fd));
         let Some(vm) = &mut self.vms[vm] else { return Ok(done) };
+        vm.shadow.unsettled = true;
         if region.size == 0 {
             vm.shadow.slots.remove(&region.slot);
         } else {
@@ -88,8 +89,9 @@ impl World {
         Ok(done)
     }
 
-    /// Deletes the slot around a page, if there is one, and creates it again with a file.
-    pub(super) fn rebind(&mut self, vm: usize, gpa: u64, file: usize) -> String {
+    /// Deletes the slot around a page, if there is one, and creates it again with a file: what happened, and whether there
+    /// is a slot now.
+    pub(super) fn rebind(&mut self, vm: usize, gpa: u64, file: usize) -> (String, bool) {
         let found = self.vms[vm].as_ref().and_then(|vm| vm.shadow.slot_at(gpa)).map(|(id, slot)| (id, slot.clone()));
         let mut steps = String::from("rebind");
         let fd = self.files[file].cast_unsigned();
@@ -103,12 +105,14 @@ impl World {
         let created = sys::ioctl(self.vm_fd(vm), sys::KVM_SET_USER_MEMORY_REGION2, &mut slot.region);
         slot.mappable = super::file::is_mappable(self.files[file]);
         if let Some(vm) = &mut self.vms[vm] {
+            vm.shadow.unsettled = true;
             vm.shadow.slots.remove(&id);
             if created.is_ok() {
                 vm.shadow.slots.insert(id, slot);
             }
         }
-        steps + &format!(" create {}", result(created))
+        steps += &format!(" create {}", result(created));
+        (steps, created.is_ok())
     }
 
     fn fresh_slot(&self, vm: usize, gpa: u64) -> (u32, SlotShadow) {
@@ -157,7 +161,19 @@ impl World {
         Ok(done)
     }
 
+    /// Lets the vCPU run once after a change of slots. A delete on a default VM makes KVM's page-table roots obsolete, and
+    /// Linux 6.12 does not load new ones in KVM_PRE_FAULT_MEMORY: it would retry in the kernel until a signal comes.
+    fn settle(&mut self, vm: usize) {
+        let Some(vm) = &mut self.vms[vm] else { return };
+        if let Some(vcpu) = vm.vcpu.as_ref().filter(|_| vm.shadow.unsettled) {
+            let _ = vcpu.set_regs(&agent::entry(Stub::Load, 0));
+            vcpu.run();
+            vm.shadow.unsettled = false;
+        }
+    }
+
     pub(super) fn prefault(&mut self, vm: usize, gpa: u64, size: u64, flags: u64, padding: u64) -> String {
+        self.settle(vm);
         let mut claim = PreFault { gpa, size, flags, padding: [padding; 5] };
         let outcome = sys::ioctl(self.vcpu_fd(vm), sys::KVM_PRE_FAULT_MEMORY, &mut claim);
         // Where it stopped for want of a slot it has left an entry for MMIO.
