@@ -25,19 +25,7 @@ impl Backing {
     /// # Errors
     /// EMFILE, ENFILE, ENOMEM; EFBIG beyond the process's file size limit.
     pub fn new(size: u64) -> Result<Self, Errno> {
-        Self::with_flags(size, MemfdFlags::CLOEXEC)
-    }
-
-    /// The same of huge pages of the default size.
-    ///
-    /// # Errors
-    /// As [`Backing::new`].
-    pub fn hugetlb(size: u64) -> Result<Self, Errno> {
-        Self::with_flags(size, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB)
-    }
-
-    fn with_flags(size: u64, flags: MemfdFlags) -> Result<Self, Errno> {
-        let fd = fds::hide(rustix::fs::memfd_create("gmem", flags)?)?;
+        let fd = fds::hide(rustix::fs::memfd_create("gmem", MemfdFlags::CLOEXEC)?)?;
         rustix::fs::ftruncate(&fd, size)?;
         Ok(Self { fd, size })
     }
@@ -71,30 +59,15 @@ impl Backing {
         unsafe { rustix::mm::mmap(pointer(address), len, prot, flags, &self.fd, offset) }.map(|base| base.addr())
     }
 
-    /// Writes into the memory, whatever kind of pages it has.
+    /// Writes into the memory.
     ///
     /// # Errors
     /// ENOMEM, ENOSPC.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
-        match rustix::io::pwrite(&self.fd, bytes, offset) {
-            Ok(n) if n == bytes.len() => Ok(()),
-            Ok(_) => Err(Errno::IO),
-            // Files of huge pages have no write; a mapping does.
-            Err(_) => self.write_mapped(offset, bytes),
+        match rustix::io::pwrite(&self.fd, bytes, offset)? {
+            n if n == bytes.len() => Ok(()),
+            _ => Err(Errno::IO),
         }
-    }
-
-    fn write_mapped(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
-        const HUGE: u64 = 1 << 21;
-        let (head, prot) = (offset & !(HUGE - 1), ProtFlags::READ | ProtFlags::WRITE);
-        let len = 2 << 21;
-        // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
-        let base = unsafe { rustix::mm::mmap(core::ptr::null_mut(), len, prot, MapFlags::SHARED, &self.fd, head) }?;
-        let inside = usize::try_from(offset - head).unwrap_or(0);
-        let done = crate::sys::copy_to_client(base.addr() + inside, bytes);
-        // SAFETY: the mapping was made above and nothing refers to it.
-        let _ = unsafe { rustix::mm::munmap(base, len) };
-        done
     }
 
     /// Gives memory to the bytes `[offset, offset + len)`.
@@ -156,6 +129,18 @@ pub unsafe fn alias_at(from: usize, to: usize, len: usize) -> Result<(), Errno> 
     let flags = MremapFlags::MAYMOVE;
     // SAFETY: an old length of zero duplicates a shared mapping and leaves the original alone; the caller owns the target.
     unsafe { rustix::mm::mremap_fixed(pointer(from), 0, len, flags, pointer(to)) }.map(|_| ())
+}
+
+/// Maps the page of the shared mapping at `from` a second time, for a moment: whether that can be done.
+///
+/// # Errors
+/// As [`alias_at`].
+pub(crate) fn duplicate_page(from: usize) -> Result<(), Errno> {
+    // SAFETY: an old length of zero duplicates a shared mapping, at an address of the kernel's choice, and leaves the original
+    // alone.
+    let copy = unsafe { rustix::mm::mremap(pointer(from), 0, 4096, MremapFlags::MAYMOVE) }?;
+    // SAFETY: mapped a moment ago; nothing refers to it.
+    unsafe { rustix::mm::munmap(copy, 4096) }
 }
 
 /// Asks for huge pages where the host allows them; a host that does not is no error.

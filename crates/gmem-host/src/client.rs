@@ -1,7 +1,8 @@
 //! The client's own guest memory, made shareable.
 //!
-//! A window can show the client's pages only if a second mapping of them can be made. Shared mappings allow that; private
-//! ones are moved into a memfd at the same address when they become guest memory. The client does not notice, except that
+//! A window can show the client's pages only if a second mapping of them can be made, page by page. Shared mappings allow
+//! that, but not those of hugetlb pages, which cannot be mapped in part; these and private mappings are moved into a memfd
+//! at the same address when they become guest memory. The client does not notice, except that
 //! operations which depend on the memory being private anonymous memory are translated by [`ClientMemory::advise_dontneed`].
 
 use std::collections::BTreeMap;
@@ -9,7 +10,7 @@ use std::collections::BTreeMap;
 use rustix::io::Errno;
 
 use crate::backing::{self, Backing};
-use crate::maps::{self, Sharing};
+use crate::maps::{self, Area, Sharing};
 use crate::sys;
 
 /// Ranges of client memory that were moved into memfds.
@@ -33,6 +34,8 @@ const BLOCK: usize = 1 << 25;
 impl ClientMemory {
     /// Makes every mapping in `[start, start + len)` one that can be duplicated. Holes stay holes.
     ///
+    /// A hugetlb file that another process maps as well is no longer the same memory afterwards.
+    ///
     /// Other threads must not write to private mappings in the range meanwhile: a write between the copy and the replacement
     /// would be lost.
     ///
@@ -40,16 +43,16 @@ impl ClientMemory {
     /// ENOMEM, EMFILE. What was moved before the error stays moved, which changes nothing for the client.
     pub fn make_shareable(&mut self, start: usize, len: usize) -> Result<(), Errno> {
         for area in maps::areas(start, start.saturating_add(len))? {
-            if area.sharing == Sharing::Private {
-                self.move_to_memfd(area.start, area.end, area.hugetlb)?;
+            if area.sharing == Sharing::Private || is_hugetlb(&area) {
+                self.move_to_memfd(area.start, area.end)?;
             }
         }
         Ok(())
     }
 
-    fn move_to_memfd(&mut self, start: usize, end: usize, hugetlb: bool) -> Result<(), Errno> {
+    fn move_to_memfd(&mut self, start: usize, end: usize) -> Result<(), Errno> {
         let len = end - start;
-        let backing = if hugetlb { Backing::hugetlb(len as u64) } else { Backing::new(len as u64) }?;
+        let backing = Backing::new(len as u64)?;
         copy_present(start, len, &backing)?;
         // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
         unsafe {
@@ -109,6 +112,13 @@ impl ClientMemory {
     pub fn is_empty(&self) -> bool {
         self.moved.is_empty()
     }
+}
+
+/// Whether a shared mapping is of huge pages: a single page of it cannot be mapped a second time, and yet it is memory, which
+/// the mapping of a device is not.
+fn is_hugetlb(area: &Area) -> bool {
+    let cannot_be_duplicated = backing::duplicate_page(area.start).is_err_and(|error| error == Errno::INVAL);
+    cannot_be_duplicated && sys::copy_from_client(area.start, &mut [0u8; 8]).is_ok()
 }
 
 /// Copies the pages of `[start, start + len)` that hold anything but zeros, so that memory which was never touched stays

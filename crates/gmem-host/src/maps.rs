@@ -23,8 +23,6 @@ pub struct Area {
     pub end: usize,
     /// Shared or private.
     pub sharing: Sharing,
-    /// Whether it is of hugetlb pages.
-    pub hugetlb: bool,
 }
 
 /// The mapped areas that overlap `[start, end)`, in ascending order, cut to it.
@@ -52,12 +50,10 @@ fn parse(line: &str) -> Option<Area> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let permissions = fields.next()?;
-    let name = fields.nth(3).unwrap_or("");
     Some(Area {
         start: usize::from_str_radix(start, 16).ok()?,
         end: usize::from_str_radix(end, 16).ok()?,
         sharing: if permissions.ends_with('s') { Sharing::Shared } else { Sharing::Private },
-        hugetlb: name.contains("hugepage") || name.contains("hugetlb") || name.starts_with("/dev/hugepages"),
     })
 }
 
@@ -80,8 +76,7 @@ mod tests {
     #[test]
     fn lines_of_the_kernel_are_understood() {
         let area = parse("7f00-7f10 rw-s 00000000 00:01 1044 /memfd:x (deleted)").unwrap();
-        assert_eq!((area.start, area.end, area.sharing, area.hugetlb), (0x7f00, 0x7f10, Sharing::Shared, false));
-        assert!(parse("7f00-7f10 rw-p 0 00:0f 1044 /anon_hugepage (deleted)").unwrap().hugetlb);
+        assert_eq!((area.start, area.end, area.sharing), (0x7f00, 0x7f10, Sharing::Shared));
         assert_eq!(parse("7f00-7f10 ---p 0 00:00 0").unwrap().sharing, Sharing::Private);
         assert_eq!(parse(""), None);
     }

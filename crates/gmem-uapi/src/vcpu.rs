@@ -94,12 +94,21 @@ impl VcpuObject {
             return self.after_mmio(value, &mmio);
         }
         if run.is_emulation_failure() && self.has_private_memory() {
-            return match self.after_fault() {
-                Next::Return(Err(Errno::FAULT)) if !run.is_memory_fault() => Next::Return(Ok(value)),
-                next => next,
-            };
+            return self.after_failed_emulation(value);
         }
         Next::Return(Ok(value))
+    }
+
+    /// A host that emulates cannot fetch an instruction that nothing backs. Any other failure is the client's.
+    fn after_failed_emulation(&self, value: i32) -> Next {
+        let mut forbidden = |gfn, _| self.is_unreachable(gfn);
+        match vcpu::locate_failed_emulation(self.fd.as_fd(), self, &mut forbidden) {
+            Ok(Some(access)) => match self.fault(Gfn::of_gpa(access.gpa)) {
+                Some(errno) => Next::Return(Err(errno)),
+                None => Next::RunOn,
+            },
+            Ok(None) | Err(_) => Next::Return(Ok(value)),
+        }
     }
 
     fn has_private_memory(&self) -> bool {
