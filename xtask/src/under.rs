@@ -3,15 +3,18 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::kernels::Kernel;
 use crate::sys::{self, Missing, Tool};
+use crate::vm::{Boot, Machine};
 
 /// How a client gets guest private memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
@@ -95,28 +98,34 @@ pub(crate) struct Ran {
 /// The exit status of a client that was ended for taking too long.
 pub(crate) const TIMED_OUT: i32 = 124;
 
-/// Runs a client to its end, or for `limit` at most, with both its outputs in a file.
-pub(crate) fn client(words: &[OsString], limit: Duration, output: &Path) -> Result<Ran> {
+/// Runs a client to its end, or for `limit` at most.
+pub(crate) fn client(words: &[OsString], limit: Duration, output: File, errors: File) -> Result<Ran> {
     sys::need(&[Tool("timeout", "coreutils")])?;
-    let file = File::create(output).with_context(|| format!("creating {}", output.display()))?;
     let mut command = Command::new("timeout");
     command.arg("--kill-after=5").arg(limit.as_secs().to_string()).args(words);
-    command.stdin(std::process::Stdio::null()).stdout(file.try_clone()?).stderr(file);
+    command.stdin(Stdio::null()).stdout(output).stderr(errors);
     let begin = Instant::now();
     let status = command.status().context("starting timeout")?;
     let took = begin.elapsed();
-    // timeout(1) kills itself with its client's signal; where it had to use force, that is a time that ran out too.
+    // Where timeout(1) has to use force it reports the kill: that is a time that ran out too.
     let status = if took >= limit { TIMED_OUT } else { code(status) };
     Ok(Ran { status, took })
 }
 
-fn code(status: std::process::ExitStatus) -> i32 {
-    use std::os::unix::process::ExitStatusExt;
+fn code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
-/// This program with other arguments, as a command for a guest: it is there, the guest sees this machine's files.
-pub(crate) fn myself(arguments: impl IntoIterator<Item = OsString>) -> Result<Vec<OsString>> {
+/// Boots a guest that runs this program with other arguments and may write one folder: it is there, as the guest sees this
+/// machine's files. Its exit status.
+pub(crate) fn myself(
+    kernel: Kernel,
+    machine: &Machine,
+    timeout: Duration,
+    folder: &Path,
+    arguments: Vec<OsString>,
+) -> Result<u8> {
     let me = env::current_exe().context("the path of xtask")?.into_os_string();
-    Ok(std::iter::once(me).chain(arguments).collect())
+    let command: Vec<OsString> = std::iter::once(me).chain(arguments).collect();
+    Boot { kernel, machine, timeout, write: &[folder.to_path_buf()], user: None, command: &command }.run()
 }

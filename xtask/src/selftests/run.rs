@@ -1,7 +1,7 @@
 //! Runs the selftests, all in one boot.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::kernels::Kernel;
 use crate::under::{self, Gmem, Under};
-use crate::vm::{Boot, Machine};
+use crate::vm::Machine;
 
 /// Run the selftests natively, under gmem, or both, in one boot of a kernel.
 ///
@@ -150,15 +150,8 @@ fn guest(args: &Args) -> Result<Vec<Outcome>> {
     }
     arguments.extend(gmem.arguments());
     let runs = cases(&tests, &args.filter)?.len() * args.under.len();
-    let boot = Boot {
-        kernel: args.kernel,
-        machine: &args.machine,
-        timeout: Duration::from_secs(60) + Duration::from_secs(args.limit) * u32::try_from(runs)?,
-        write: &[folder.path().to_path_buf()],
-        user: None,
-        command: &under::myself(arguments)?,
-    };
-    let status = boot.run()?;
+    let timeout = Duration::from_secs(60) + Duration::from_secs(args.limit) * u32::try_from(runs)?;
+    let status = under::myself(args.kernel, &args.machine, timeout, folder.path(), arguments)?;
     let text =
         fs::read_to_string(&json).with_context(|| format!("the guest ended with {status} and left no results"))?;
     Ok(serde_json::from_str(&text)?)
@@ -178,7 +171,8 @@ fn here(args: &Args) -> Result<Vec<Outcome>> {
     for case in cases(&tests, &args.filter)? {
         for under in &args.under {
             let words = words(&gmem, *under, &tests, &case);
-            let ran = under::client(&words, Duration::from_secs(args.limit), &log)?;
+            let file = File::create(&log)?;
+            let ran = under::client(&words, Duration::from_secs(args.limit), file.try_clone()?, file)?;
             let output = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
             let outcome = Outcome {
                 test: case.clone(),
