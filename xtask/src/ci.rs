@@ -1,8 +1,149 @@
-//! stub
-use std::process::ExitCode;
-/// stub
+//! The gate: everything that must hold before a change is merged.
+
+use std::env;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Error, Result, bail};
+
+use crate::kernels::{self, Kernel};
+use crate::selftests;
+use crate::source::Release;
+use crate::sys::{self, Missing, Tool};
+
+/// Run the gate: formatting, lints, documentation, licences, and all tests, also those under real kernels.
+///
+/// A step that this machine cannot take says what is missing and is left out; with CI set in the environment that is a failure.
+/// The tests come last, so that their summary ends the output. The first run downloads and builds kernels (about 6 minutes on
+/// two processors).
 #[derive(clap::Args, Debug)]
-pub(crate) struct Args {}
-pub(crate) fn run(_: &Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("not yet")
+pub(crate) struct Args {
+    /// Leave out everything that needs a real kernel
+    #[arg(long)]
+    no_vm: bool,
+}
+
+/// A step's name and what it does.
+type Step = (&'static str, fn() -> Result<()>);
+
+const CHECKS: [Step; 5] =
+    [("format", format), ("clippy", clippy), ("doc", doc), ("deny", deny), ("programs", programs)];
+
+/// What the tests under real kernels need: made here, in the open, and not in the middle of a test.
+const KERNELS: [Step; 3] = [("kernel stock", stock), ("kernel ref", reference), ("kernel selftests", kernel_selftests)];
+
+/// The variable that lets the tests under real kernels run: they download and build, which nobody expects of `cargo test`.
+const VM_TESTS: &str = "GMEM_VM_TESTS";
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let kernels: &[Step] = if args.no_vm { &[] } else { &KERNELS };
+    let strict = env::var_os("CI").is_some();
+    let mut lines = Vec::new();
+    let mut failed = Vec::new();
+    for (name, step) in CHECKS.iter().chain(kernels) {
+        eprintln!("xtask: == {name}");
+        let begin = Instant::now();
+        let result = step();
+        if result.as_ref().is_err_and(|error| strict || !error.is::<Missing>()) {
+            failed.push(*name);
+        }
+        lines.push(line(name, begin.elapsed(), &result));
+    }
+    eprintln!("\n{}\n\nxtask: == tests", lines.join("\n"));
+    if let Err(error) = tests(!args.no_vm) {
+        eprintln!("xtask: {error:#}");
+        failed.push("tests");
+    }
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join(", "));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn line(name: &str, took: Duration, result: &Result<()>) -> String {
+    let word = match result {
+        Ok(()) => "ok".to_owned(),
+        // The rest of an error may be a page of output that is above already.
+        Err(error) => first_line(error),
+    };
+    format!("{name:16} {:7.1} s  {word}", took.as_secs_f64())
+}
+
+fn first_line(error: &Error) -> String {
+    let text = format!("{error:#}");
+    let word = if error.is::<Missing>() { "left out, " } else { "FAILED: " };
+    format!("{word}{}", text.lines().next().unwrap_or_default())
+}
+
+fn format() -> Result<()> {
+    sys::run(sys::cargo().args(["fmt", "--all", "--check"]))
+}
+
+fn clippy() -> Result<()> {
+    sys::run(sys::cargo().args([
+        "clippy",
+        "--quiet",
+        "--locked",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]))
+}
+
+fn doc() -> Result<()> {
+    let mut command = sys::cargo();
+    sys::run(
+        command.args(["doc", "--quiet", "--locked", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
+    )
+}
+
+fn deny() -> Result<()> {
+    if !has("deny") {
+        bail!(Missing("cargo-deny (cargo install --locked cargo-deny)".to_owned()));
+    }
+    sys::run(sys::cargo().args(["deny", "--workspace", "check", "--hide-inclusion-graph"]))
+}
+
+fn programs() -> Result<()> {
+    sys::build_release(&["gmem-preload", "gmem-cli", "gmem-conformance"])?;
+    Ok(())
+}
+
+fn stock() -> Result<()> {
+    sys::need(&[Tool("qemu-system-x86_64", "qemu-system-x86")])?;
+    kernels::obtain(Kernel::Stock, None)?;
+    Ok(())
+}
+
+fn reference() -> Result<()> {
+    kernels::obtain(Kernel::Ref, env::var_os("GMEM_REF_KERNEL").as_ref().map(AsRef::as_ref))?;
+    Ok(())
+}
+
+fn kernel_selftests() -> Result<()> {
+    selftests::build(Release::V6_12)?;
+    Ok(())
+}
+
+/// All tests of the workspace, by nextest where it is installed.
+fn tests(vm: bool) -> Result<()> {
+    let mut command = sys::cargo();
+    if vm {
+        command.env(VM_TESTS, "1");
+    } else {
+        command.env_remove(VM_TESTS);
+    }
+    if has("nextest") {
+        return sys::run(command.args(["nextest", "run", "--locked", "--workspace", "--no-fail-fast"]));
+    }
+    eprintln!("xtask: without cargo-nextest (cargo install --locked cargo-nextest), with cargo test instead");
+    sys::run(command.args(["test", "--locked", "--workspace", "--no-fail-fast"]))
+}
+
+/// Whether cargo has a subcommand.
+fn has(subcommand: &str) -> bool {
+    let version = Command::new(format!("cargo-{subcommand}")).args([subcommand, "--version"]).output();
+    version.is_ok_and(|output| output.status.success())
 }

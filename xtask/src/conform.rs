@@ -46,6 +46,9 @@ pub(crate) struct Args {
     kernel: Kernel,
     #[command(flatten)]
     gmem: Gmem,
+    /// A conformance client; this checkout's gmem-conformance, in release form, without
+    #[arg(long, value_name = "FILE")]
+    client: Option<PathBuf>,
     /// The time that each sequence may take
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     limit: u64,
@@ -59,8 +62,6 @@ pub(crate) struct Args {
     cases: Option<PathBuf>,
     #[arg(long, hide = true, default_value = "native")]
     under: Under,
-    #[arg(long, hide = true)]
-    client: Option<PathBuf>,
 }
 
 fn seeds(text: &str) -> Result<Range<u64>> {
@@ -85,7 +86,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if let (Some(folder), Some(client)) = (&args.cases, &args.client) {
         return here(args, folder, client);
     }
-    let both = Both { args, client: client()?, gmem: args.gmem.ready()? };
+    let both = Both { args, client: client(args.client.as_deref())?, gmem: args.gmem.ready()? };
     let cases: Vec<Case> = args.seeds.clone().map(|seed| Case { seed, ops: args.ops, skip: Vec::new() }).collect();
     let pairs = both.transcripts(&cases)?;
     let wrong: Vec<usize> = (0..cases.len()).filter(|&number| !pairs[number].same()).collect();
@@ -99,9 +100,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-/// The conformance client of this checkout.
-fn client() -> Result<PathBuf> {
-    let client = sys::build_release(&["gmem-conformance"])?.join("gmem-conformance");
+/// The client that runs on both sides: one that was named, or this checkout's.
+fn client(named: Option<&Path>) -> Result<PathBuf> {
+    let client = match named {
+        Some(path) => fs::canonicalize(path).with_context(|| format!("the program {}", path.display()))?,
+        None => sys::build_release(&["gmem-conformance"])?.join("gmem-conformance"),
+    };
     // A program without options prints nothing and succeeds: look at what the help says, not at its status.
     if !sys::output(Command::new(&client).arg("--help")).unwrap_or_default().contains("--seed") {
         bail!(Missing(format!("`--seed` in {}", client.display())));
