@@ -96,17 +96,21 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::from(boot.run()?))
 }
 
+/// What booting takes.
+const TOOLS: [Tool; 4] = [
+    Tool("qemu-system-x86_64", "qemu-system-x86"),
+    Tool("busybox", "busybox-static"),
+    Tool("cpio", "cpio"),
+    Tool("setpriv", "util-linux"),
+];
+
 /// The exit status for a time that ran out, as timeout(1) has it.
 pub(crate) const EXIT_TIMEOUT: u8 = 124;
 
 impl Boot<'_> {
     /// Boots, runs the command, and returns its exit status.
     pub(crate) fn run(&self) -> Result<u8> {
-        sys::need(&[
-            Tool("qemu-system-x86_64", "qemu-system-x86"),
-            Tool("cpio", "cpio"),
-            Tool("setpriv", "util-linux"),
-        ])?;
+        sys::need(&TOOLS)?;
         let image = kernels::obtain(self.kernel, self.machine.ref_image.as_deref())?;
         let folder = tempfile::Builder::new().prefix("gmem-vm-").tempdir().context("creating the VM's folder")?;
         let shares = self.shares(folder.path())?;
