@@ -5,13 +5,14 @@ use std::process::Command;
 
 use serde_json::Value;
 
-/// Each crate and those of the workspace that it may depend on, when it is built or run. Tests of a crate may use others.
+/// Each crate and those of the workspace that it may depend on, when it is built or run: all that lie below it, not only the
+/// next one. Tests of a crate may use others.
 const ROOMS: [(&str, &[&str]); 8] = [
     ("gmem-core", &[]),
     ("gmem-litmus", &["gmem-core"]),
     ("gmem-host", &["gmem-core"]),
     ("gmem-uapi", &["gmem-core", "gmem-host"]),
-    ("gmem-preload", &["gmem-uapi"]),
+    ("gmem-preload", &["gmem-core", "gmem-host", "gmem-uapi"]),
     ("gmem-cli", &["gmem-core", "gmem-host", "gmem-litmus", "gmem-preload", "gmem-uapi"]),
     // A client that knows gmem could not say what a client that does not would see.
     ("gmem-conformance", &[]),
