@@ -111,7 +111,7 @@ fn deny() -> Result<()> {
 }
 
 fn programs() -> Result<()> {
-    sys::build_release(&["gmem-preload", "gmem-cli", "gmem-conformance"])?;
+    sys::build_release(&["gmem-cli", "gmem-conformance"])?;
     Ok(())
 }
 

@@ -51,7 +51,7 @@ impl Gmem {
     pub(crate) fn ready(&self) -> Result<Self> {
         let path = match &self.gmem {
             Some(path) => fs::canonicalize(path).with_context(|| format!("the binary {}", path.display()))?,
-            None => sys::build_release(&["gmem-preload", "gmem-cli"])?.join("gmem"),
+            None => sys::build_release(&["gmem-cli"])?.join("gmem"),
         };
         // A binary without commands prints nothing and succeeds: look at what the help says, not at its status.
         let help = sys::output(Command::new(&path).args(["run", "--help"])).unwrap_or_default();
