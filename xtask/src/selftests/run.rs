@@ -18,7 +18,7 @@ use crate::vm::Machine;
 /// Exits with 1 if a test failed or took too long.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:\n  \
-    cargo xtask selftests run --kernel stock --under native,gmem --json target/selftests.json\n  \
+    cargo xtask selftests run --under native,gmem --hugepages 512 --json target/selftests.json\n  \
     cargo xtask selftests run --kernel ref --under native --filter private_mem\n  \
     cargo xtask selftests run --here --under gmem --filter guest_memfd_test")]
 pub(crate) struct Args {
