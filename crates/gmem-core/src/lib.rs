@@ -12,6 +12,7 @@ pub mod addr;
 pub mod arch;
 pub mod file;
 pub mod invalidate;
+pub mod measure;
 pub mod ops;
 pub mod page_set;
 pub mod runs;

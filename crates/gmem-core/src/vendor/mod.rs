@@ -22,6 +22,8 @@
 //!
 //! A refused verb or command changes nothing.
 
+pub mod snp;
+
 use crate::addr::{Gfn, Level, Pfn};
 
 /// The two kinds of guest memory.

@@ -1,0 +1,683 @@
+//! Pre- and postconditions per command, and random commands against the invariants of the specification.
+
+use alloc::vec::Vec;
+
+use proptest::prelude::*;
+
+use super::command::{Command, CommandError, run_bytes};
+use super::firmware::*;
+use super::guest::*;
+use super::rmp::*;
+use super::*;
+
+const A: Asid = Asid(1);
+const B: Asid = Asid(2);
+const GCTX: Pfn = Pfn(2044);
+
+fn machine() -> Machine {
+    Machine::new(PfnRange::new(Pfn(0), Pfn(2048)).unwrap())
+}
+
+fn private(gfn: u64, size: RmpSize) -> RmpUpdate {
+    RmpUpdate::private(Gfn(gfn), size, A, false)
+}
+
+/// A machine with an active guest of ASID 1 in LAUNCH.
+fn launching() -> Machine {
+    let mut machine = machine();
+    machine.rmp.rmpupdate(GCTX, RmpUpdate::firmware()).unwrap();
+    machine.gctx_create(GCTX).unwrap();
+    let start = LaunchStart { policy: POLICY_RESERVED_ONE, imi_enabled: false };
+    machine.launch_start(GCTX, start).unwrap();
+    machine.activate(GCTX, A).unwrap();
+    machine
+}
+
+/// An entry in a given state, made with commands only where commands can make it.
+fn machine_in(state: PageState) -> Machine {
+    let mut machine = launching();
+    let gfn = Gfn(7);
+    let page = Pfn(5);
+    let give = |machine: &mut Machine, immutable| {
+        machine.rmp.rmpupdate(page, RmpUpdate::private(gfn, RmpSize::Page4K, A, immutable)).unwrap();
+    };
+    match state {
+        PageState::Hypervisor => {}
+        PageState::HvFixed => {
+            machine.shutdown().unwrap();
+            machine.init(&[PfnRange::page(page)]).unwrap();
+        }
+        PageState::Firmware => machine.rmp.rmpupdate(page, RmpUpdate::firmware()).unwrap(),
+        PageState::Reclaim => {
+            machine.rmp.rmpupdate(page, RmpUpdate::firmware()).unwrap();
+            machine.page_reclaim(page, RmpSize::Page4K).unwrap();
+        }
+        PageState::Context => {
+            machine.rmp.rmpupdate(page, RmpUpdate::firmware()).unwrap();
+            machine.gctx_create(page).unwrap();
+        }
+        PageState::Metadata => {
+            let bits = EntryBits::ASSIGNED | EntryBits::IMMUTABLE;
+            let entry = Entry { gfn: Gfn(3), asid: Asid::HOST, bits, permissions: RESET_PERMISSIONS };
+            machine.rmp.set(PfnRange::page(page), entry);
+        }
+        PageState::PreGuest => give(&mut machine, true),
+        PageState::PreSwap => {
+            give(&mut machine, false);
+            validate(&mut machine, 7, 5).unwrap();
+            give(&mut machine, true);
+        }
+        PageState::GuestInvalid => give(&mut machine, false),
+        PageState::GuestValid => {
+            give(&mut machine, false);
+            validate(&mut machine, 7, 5).unwrap();
+        }
+    }
+    machine
+}
+
+fn at(gfn: u64, pfn: u64) -> Translation {
+    Translation { gfn: Gfn(gfn), pfn: Pfn(pfn), nested: Level::Page4K }
+}
+
+fn validate(machine: &mut Machine, gfn: u64, pfn: u64) -> Result<Pvalidated, GuestError> {
+    machine.rmp.pvalidate(Caller::vmpl0(A), at(gfn, pfn), RmpSize::Page4K, Validation::Validate)
+}
+
+const ALL_STATES: [PageState; 10] = [
+    PageState::Hypervisor,
+    PageState::HvFixed,
+    PageState::Firmware,
+    PageState::Reclaim,
+    PageState::Context,
+    PageState::Metadata,
+    PageState::PreGuest,
+    PageState::PreSwap,
+    PageState::GuestInvalid,
+    PageState::GuestValid,
+];
+
+/// Applies a command to a page in each state: `Ok` names the state after it.
+fn table(apply: impl Fn(&mut Machine) -> Result<(), CommandError>, expected: [Result<PageState, CommandError>; 10]) {
+    for (state, expected) in ALL_STATES.into_iter().zip(expected) {
+        let mut machine = machine_in(state);
+        assert_eq!(machine.rmp.state(Pfn(5)), Some(state));
+        let before = machine.clone();
+        let got = apply(&mut machine).map(|()| machine.rmp.state(Pfn(5)).unwrap());
+        assert_eq!(got, expected, "from {state:?}");
+        assert!(got.is_ok() || machine == before, "a refused command changed {state:?}");
+    }
+}
+
+const PERMISSION: Result<PageState, CommandError> = Err(CommandError::Rmp(RmpError::Permission));
+const RMP_FAULT: Result<PageState, CommandError> =
+    Err(CommandError::Fault(Fault::Nested(Npf::from_bits_retain(1 << 31 | 1 << 34))));
+const PAGE_STATE: Result<PageState, CommandError> = Err(CommandError::Firmware(FwError::InvalidPageState));
+
+#[test]
+fn rmpupdate_by_state() {
+    use PageState::*;
+    let share = |m: &mut Machine| Command::RmpUpdate(Pfn(5), RmpUpdate::shared(RmpSize::Page4K)).apply(m);
+    table(
+        share,
+        [
+            Ok(Hypervisor),
+            PERMISSION,
+            PERMISSION,
+            Ok(Hypervisor),
+            PERMISSION,
+            PERMISSION,
+            PERMISSION,
+            PERMISSION,
+            Ok(Hypervisor),
+            Ok(Hypervisor),
+        ],
+    );
+    let other = RmpUpdate::private(Gfn(7), RmpSize::Page4K, B, false);
+    table(
+        |m| Command::RmpUpdate(Pfn(5), other).apply(m),
+        [
+            Ok(GuestInvalid),
+            PERMISSION,
+            PERMISSION,
+            Ok(GuestInvalid),
+            PERMISSION,
+            PERMISSION,
+            PERMISSION,
+            PERMISSION,
+            Ok(GuestInvalid),
+            Ok(GuestInvalid),
+        ],
+    );
+    let freeze = RmpUpdate::private(Gfn(7), RmpSize::Page4K, A, true);
+    table(
+        |m| Command::RmpUpdate(Pfn(5), freeze).apply(m),
+        [
+            Ok(PreGuest),
+            PERMISSION,
+            PERMISSION,
+            Ok(PreGuest),
+            PERMISSION,
+            PERMISSION,
+            PERMISSION,
+            PERMISSION,
+            Ok(PreGuest),
+            Ok(PreSwap),
+        ],
+    );
+}
+
+#[test]
+fn pvalidate_by_state() {
+    use PageState::*;
+    let guest = Caller::vmpl0(A);
+    let to =
+        |validation| move |m: &mut Machine| Command::Pvalidate(guest, at(7, 5), RmpSize::Page4K, validation).apply(m);
+    let mut expected = [RMP_FAULT; 10];
+    (expected[8], expected[9]) = (Ok(GuestValid), Ok(GuestValid));
+    table(to(Validation::Validate), expected);
+    (expected[8], expected[9]) = (Ok(GuestInvalid), Ok(GuestInvalid));
+    table(to(Validation::Rescind), expected);
+}
+
+#[test]
+fn launch_update_and_reclaim_by_state() {
+    use PageState::*;
+    let mut expected = [PAGE_STATE; 10];
+    expected[6] = Ok(GuestValid);
+    // Restarting the platform, which fixes a page, has taken the guest away.
+    expected[1] = Err(CommandError::Firmware(FwError::InvalidGuest));
+    table(|m| Command::LaunchUpdate(GCTX, Pfn(5), RmpSize::Page4K, 1).apply(m), expected);
+    table(
+        |m| Command::PageReclaim(Pfn(5), RmpSize::Page4K).apply(m),
+        [
+            Ok(Hypervisor),
+            PAGE_STATE,
+            Ok(Reclaim),
+            Ok(Reclaim),
+            PAGE_STATE,
+            Ok(Reclaim),
+            Ok(GuestInvalid),
+            Ok(GuestValid),
+            Ok(GuestInvalid),
+            Ok(GuestValid),
+        ],
+    );
+}
+
+#[test]
+fn host_and_guest_accesses_by_state() {
+    let write = Permissions::WRITE;
+    let guest = |m: &mut Machine, encrypted| {
+        Command::GuestAccess(Caller::vmpl0(A), at(7, 5), Access { needs: write, encrypted }).apply(m)
+    };
+    let mut expected = ALL_STATES.map(|_| RMP_FAULT);
+    expected[8] = Err(CommandError::Fault(Fault::NotValidated));
+    expected[9] = Ok(PageState::GuestValid);
+    table(|m| guest(m, true), expected);
+    let owned = |state: &PageState| matches!(state, PageState::Hypervisor | PageState::HvFixed);
+    let shared = CommandError::Fault(Fault::Nested(Npf::RMP));
+    table(|m| guest(m, false), ALL_STATES.map(|s| if owned(&s) { Ok(s) } else { Err(shared) }));
+    let host = |m: &mut Machine| Command::HostWrite(Pfn(5), Level::Page4K).apply(m);
+    table(host, ALL_STATES.map(|s| if owned(&s) { Ok(s) } else { Err(CommandError::HostFault) }));
+    let large = |m: &mut Machine| Command::HostWrite(Pfn(0), Level::Page2M).apply(m);
+    table(large, ALL_STATES.map(|s| if owned(&s) { Ok(s) } else { Err(CommandError::HostFault) }));
+}
+
+#[test]
+fn rmpupdate_operands() {
+    let mut rmp = machine().rmp;
+    let mut check = |pfn, update, want| assert_eq!(rmp.rmpupdate(Pfn(pfn), update), want, "{pfn} {update:?}");
+    let small = private(7, RmpSize::Page4K);
+    check(2048, small, Err(RmpError::Input));
+    check(u64::MAX, small, Err(RmpError::Input));
+    check(1, private(512, RmpSize::Page2M), Err(RmpError::Input));
+    check(512, private(1, RmpSize::Page2M), Err(RmpError::Input));
+    check(0, RmpUpdate { asid: Asid(0x400), ..small }, Err(RmpError::Input));
+    check(0, RmpUpdate { gfn: Gfn(1 << 40), ..small }, Err(RmpError::Input));
+    check(0, RmpUpdate { asid: A, ..RmpUpdate::shared(RmpSize::Page4K) }, Err(RmpError::Input));
+    check(0, RmpUpdate { immutable: true, ..RmpUpdate::shared(RmpSize::Page4K) }, Err(RmpError::Input));
+    check(513, small, Ok(()));
+    check(512, private(512, RmpSize::Page2M), Err(RmpError::Overlap));
+    check(0, private(0, RmpSize::Page2M), Ok(()));
+    check(0, small, Err(RmpError::Overlap));
+    check(9, small, Err(RmpError::Overlap));
+    check(0, private(1024, RmpSize::Page2M), Ok(()));
+    check(0, RmpUpdate::shared(RmpSize::Page2M), Ok(()));
+    check(9, small, Ok(()));
+}
+
+#[test]
+fn smashing_keeps_validation_and_addresses() {
+    let mut rmp = machine().rmp;
+    rmp.rmpupdate(Pfn(512), private(1024, RmpSize::Page2M)).unwrap();
+    let large = Translation { nested: Level::Page2M, ..at(1024, 512) };
+    let guest = Caller::vmpl0(A);
+    rmp.pvalidate(guest, large, RmpSize::Page2M, Validation::Validate).unwrap();
+    assert_eq!(rmp.psmash(Pfn(513)), Err(RmpError::BadAddress));
+    assert_eq!(rmp.psmash(Pfn(0)), Err(RmpError::Input));
+    rmp.lock(Pfn(600));
+    assert_eq!(rmp.psmash(Pfn(512)), Err(RmpError::InUse));
+    rmp.unlock(Pfn(600));
+    rmp.psmash(Pfn(512)).unwrap();
+    let entry = rmp.entry(Pfn(700)).unwrap();
+    assert_eq!((entry.gfn, entry.size(), entry.state()), (Gfn(1212), RmpSize::Page4K, PageState::GuestValid));
+    assert_eq!(rmp.run_count(), 1);
+}
+
+#[test]
+fn sizes_of_guest_instructions() {
+    let mut rmp = machine().rmp;
+    rmp.rmpupdate(Pfn(512), private(512, RmpSize::Page2M)).unwrap();
+    rmp.rmpupdate(Pfn(0), private(0, RmpSize::Page4K)).unwrap();
+    let guest = Caller::vmpl0(A);
+    let mut ask = |gfn: u64, nested, size| {
+        let at = Translation { nested, ..at(gfn, gfn) };
+        rmp.pvalidate(guest, at, size, Validation::Validate)
+    };
+    let sizem = GuestError::Fault(Fault::Nested(Npf::RMP | Npf::ENC | Npf::SIZEM));
+    assert_eq!(ask(513, Level::Page2M, RmpSize::Page4K), Err(sizem));
+    assert_eq!(ask(512, Level::Page4K, RmpSize::Page2M), Err(sizem));
+    assert_eq!(ask(513, Level::Page2M, RmpSize::Page2M), Err(GuestError::Code(RmpError::Input)));
+    assert_eq!(ask(0, Level::Page4K, RmpSize::Page2M), Err(GuestError::Code(RmpError::SizeMismatch)));
+    assert_eq!(ask(0, Level::Page2M, RmpSize::Page4K), Err(sizem));
+    assert_eq!(ask(512, Level::Page1G, RmpSize::Page2M), Ok(Pvalidated::Changed));
+    assert_eq!(ask(512, Level::Page2M, RmpSize::Page2M), Ok(Pvalidated::Unchanged));
+}
+
+#[test]
+fn privilege_levels() {
+    let mut machine = machine_in(PageState::GuestValid);
+    let vmpl = |level| Caller { asid: A, vmpl: Vmpl::new(level).unwrap() };
+    let to = |target, permissions| RmpAdjust { target: Vmpl::new(target).unwrap(), permissions, vmsa: false };
+    let rw = Permissions::READ | Permissions::WRITE;
+    let mut adjust = |from, adjust| machine.rmp.rmpadjust(vmpl(from), at(7, 5), RmpSize::Page4K, adjust);
+    let permission = Err(GuestError::Code(RmpError::Permission));
+    assert_eq!(adjust(0, to(0, rw)), permission);
+    assert_eq!(adjust(1, to(2, rw)), permission, "it grants what it does not have");
+    assert_eq!(adjust(0, to(1, rw)), Ok(()));
+    assert_eq!(adjust(1, to(2, rw)), Ok(()));
+    assert_eq!(adjust(1, to(2, Permissions::all())), permission);
+    let access = |level, needs| machine.rmp.guest_access(vmpl(level), at(7, 5), Access { needs, encrypted: true });
+    assert_eq!(access(1, Permissions::WRITE), Ok(()));
+    let denied = Err(Fault::Nested(Npf::RMP | Npf::ENC | Npf::VMPL));
+    assert_eq!(access(1, Permissions::EXECUTE_USER), denied);
+    assert_eq!(access(3, Permissions::READ), denied);
+    assert_eq!(machine.rmp.rmpquery(vmpl(0), at(7, 5), Vmpl::new(2).unwrap()), Ok(rw));
+    let high = machine.rmp.pvalidate(vmpl(1), at(7, 5), RmpSize::Page4K, Validation::Rescind);
+    assert_eq!(high, Err(GuestError::Code(RmpError::Permission)));
+}
+
+#[test]
+fn a_running_vmsa_is_in_use() {
+    let mut machine = machine_in(PageState::PreGuest);
+    assert_eq!(machine.rmp.enter(A, Pfn(5)), Err(RmpError::Permission));
+    Command::LaunchUpdate(GCTX, Pfn(5), RmpSize::Page4K, 2).apply(&mut machine).unwrap();
+    assert_eq!(machine.rmp.enter(B, Pfn(5)), Err(RmpError::Permission));
+    machine.rmp.enter(A, Pfn(5)).unwrap();
+    assert_eq!(machine.rmp.enter(A, Pfn(5)), Err(RmpError::InUse));
+    let share = RmpUpdate::shared(RmpSize::Page4K);
+    assert_eq!(machine.rmp.rmpupdate(Pfn(5), share), Err(RmpError::InUse));
+    machine.rmp.unlock(Pfn(5));
+    assert_eq!(machine.rmp.rmpupdate(Pfn(5), share), Ok(()));
+}
+
+/// The firmware's order of checks: each row violates the named check and every later one that it can.
+#[test]
+fn launch_update_checks_in_order() {
+    let mut machine = launching();
+    let page = |machine: &mut Machine, pfn, size, asid| {
+        machine.rmp.rmpupdate(Pfn(pfn), RmpUpdate::private(Gfn(pfn), size, asid, true)).unwrap();
+    };
+    page(&mut machine, 0, RmpSize::Page2M, A);
+    page(&mut machine, 512, RmpSize::Page4K, B);
+    page(&mut machine, 513, RmpSize::Page4K, A);
+    let update =
+        |machine: &mut Machine, pfn, size, kind| Command::LaunchUpdate(GCTX, Pfn(pfn), size, kind).apply(machine);
+    let mut check = |pfn, size, kind, error| {
+        assert_eq!(update(&mut machine, pfn, size, kind), Err(CommandError::Firmware(error)), "{pfn} {kind}");
+    };
+    check(600, RmpSize::Page2M, 9, FwError::InvalidPageState);
+    check(512, RmpSize::Page2M, 9, FwError::InvalidPageSize);
+    check(1, RmpSize::Page2M, 6, FwError::InvalidAddress);
+    check(0, RmpSize::Page2M, 6, FwError::InvalidPageSize);
+    check(0, RmpSize::Page2M, 9, FwError::InvalidParam);
+    check(512, RmpSize::Page4K, 1, FwError::InvalidPageOwner);
+    update(&mut machine, 0, RmpSize::Page2M, 3).unwrap();
+    machine.launch_finish(GCTX, None).unwrap();
+    let got = update(&mut machine, 513, RmpSize::Page4K, 1);
+    assert_eq!(got, Err(CommandError::Firmware(FwError::InvalidGuestState)));
+    let got = Command::LaunchUpdate(Pfn(1), Pfn(600), RmpSize::Page4K, 9).apply(&mut machine);
+    assert_eq!(got, Err(CommandError::Firmware(FwError::InvalidGuest)));
+    machine.shutdown().unwrap();
+    let got = update(&mut machine, 600, RmpSize::Page4K, 9);
+    assert_eq!(got, Err(CommandError::Firmware(FwError::InvalidPlatformState)));
+}
+
+#[test]
+fn lives_of_guests() {
+    let mut machine = launching();
+    let start = LaunchStart { policy: POLICY_RESERVED_ONE, imi_enabled: false };
+    assert_eq!(machine.launch_start(GCTX, start), Err(FwError::InvalidGuestState));
+    assert_eq!(machine.activate(GCTX, B), Err(FwError::Active));
+    let second = Pfn(2045);
+    machine.rmp.rmpupdate(second, RmpUpdate::firmware()).unwrap();
+    machine.gctx_create(second).unwrap();
+    assert_eq!(machine.activate(second, A), Err(FwError::AsidOwned));
+    assert_eq!(machine.activate(second, Asid(0)), Err(FwError::InvalidAsid));
+    machine.launch_start(second, start).unwrap();
+    assert_eq!(machine.launch_finish(second, None), Err(FwError::Inactive));
+    machine.decommission(GCTX).unwrap();
+    assert_eq!(machine.activate(second, A), Err(FwError::DfFlushRequired));
+    machine.df_flush().unwrap();
+    machine.activate(second, A).unwrap();
+    let block = |digest, policy| Some(IdBlock { digest, policy });
+    assert_eq!(machine.launch_finish(second, block([1; 48], 0)), Err(FwError::BadMeasurement));
+    assert_eq!(machine.launch_finish(second, block([0; 48], 0)), Err(FwError::PolicyFailure));
+    machine.launch_finish(second, block([0; 48], POLICY_RESERVED_ONE)).unwrap();
+    assert_eq!(machine.rmp.state(GCTX), Some(PageState::Firmware));
+}
+
+#[test]
+fn unsmash_needs_512_equal_pages() {
+    let mut machine = machine();
+    let page = |machine: &mut Machine, pfn| {
+        machine.rmp.rmpupdate(Pfn(pfn), RmpUpdate::private(Gfn(pfn), RmpSize::Page4K, A, true)).unwrap();
+    };
+    (512..1023).for_each(|pfn| page(&mut machine, pfn));
+    assert_eq!(machine.page_unsmash(Pfn(512)), Err(FwError::InvalidPageState));
+    page(&mut machine, 1023);
+    assert_eq!(machine.page_unsmash(Pfn(513)), Err(FwError::InvalidAddress));
+    machine.page_unsmash(Pfn(512)).unwrap();
+    assert_eq!(machine.rmp.entry(Pfn(1023)).map(|entry| entry.size()), Some(RmpSize::Page2M));
+}
+
+/// What the specification states about every reachable table.
+fn check_invariants(machine: &Machine) {
+    let mut pages = 0;
+    for (range, entry) in machine.rmp.all_runs() {
+        pages += range.len();
+        assert!(machine.rmp.covered().covers(range), "an entry outside the table");
+        let large = entry.size() == RmpSize::Page2M;
+        let whole = range.start().0 % 512 == 0 && range.len() % 512 == 0 && entry.gfn.0 % 512 == 0;
+        assert!(!large || (whole && entry.assigned()), "a torn 2 MiB entry: {range:?} {entry:?}");
+        let validated = entry.bits.contains(EntryBits::VALIDATED);
+        assert!(!validated || (entry.assigned() && entry.asid != Asid::HOST), "validated without an owner");
+        let context = entry.state() == PageState::Context;
+        let known = |pfn| machine.guest(pfn).is_some();
+        assert!(!context || range.pages().all(known), "a context page without a guest");
+        assert!(entry.assigned() || entry.state() == PageState::HvFixed, "an entry of a host page");
+    }
+    assert!(pages <= machine.rmp.covered().len(), "a page has two entries");
+    let mut asids: Vec<_> = machine.guests().filter_map(|(_, guest)| guest.asid).collect();
+    let active = asids.len();
+    asids.sort();
+    asids.dedup();
+    assert_eq!(asids.len(), active, "two guests share an ASID");
+    for (page, _) in machine.guests() {
+        assert_eq!(machine.rmp.state(page), Some(PageState::Context));
+    }
+}
+
+/// An independent table: one entry per page, 2 MiB kept as a flag on each page, every rule written per page.
+#[derive(Clone, PartialEq, Debug)]
+struct Naive(Vec<Option<NaiveEntry>>);
+
+/// Guest page, owner, large, immutable, validated.
+type NaiveEntry = (u64, u16, bool, bool, bool);
+
+impl Naive {
+    fn of(rmp: &Rmp) -> Self {
+        let page = |pfn| {
+            let entry = rmp.entry(Pfn(pfn))?;
+            let bit = |bit| entry.bits.contains(bit);
+            Some((
+                entry.gfn.0,
+                entry.asid.0,
+                bit(EntryBits::LARGE),
+                bit(EntryBits::IMMUTABLE),
+                bit(EntryBits::VALIDATED),
+            ))
+        };
+        Self((0..2048).map(page).collect())
+    }
+
+    /// RMPUPDATE of pages that are assigned or free, without locks and fixed pages.
+    fn rmpupdate(&mut self, pfn: u64, update: RmpUpdate) -> Result<(), RmpError> {
+        let large = update.size == RmpSize::Page2M;
+        let count = if large { 512 } else { 1 };
+        let bad = !pfn.is_multiple_of(count)
+            || pfn + count > 2048
+            || (!update.assigned && (update.immutable || update.asid.0 != 0))
+            || (update.assigned && !update.gfn.0.is_multiple_of(count));
+        if bad {
+            return Err(RmpError::Input);
+        }
+        let pages = usize::try_from(pfn).unwrap()..usize::try_from(pfn + count).unwrap();
+        if self.0[pages.start].is_some_and(|page| page.3) {
+            return Err(RmpError::Permission);
+        }
+        if self.0[pages.clone()].iter().flatten().any(|page| page.2 != large) {
+            return Err(RmpError::Overlap);
+        }
+        for (offset, page) in self.0[pages].iter_mut().enumerate() {
+            let step = if update.asid.0 == 0 { 0 } else { offset as u64 };
+            let gfn = update.gfn.0 + step;
+            let kept = page.is_some_and(|old| (old.0, old.1) == (gfn, update.asid.0) && old.4);
+            *page = update.assigned.then_some((gfn, update.asid.0, large, update.immutable, kept));
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 256 }, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_commands_keep_the_invariants(stream in prop::collection::vec(any::<[u8; 8]>(), 1..200)) {
+        let mut machine = launching();
+        for bytes in stream {
+            let command = Command::decode(bytes);
+            let before = machine.clone();
+            let result = command.apply(&mut machine);
+            prop_assert!(result.is_ok() || machine == before, "{:?} was refused and changed the machine", command);
+            check_invariants(&machine);
+        }
+    }
+
+    #[test]
+    fn rmpupdate_agrees_with_a_table_of_pages(stream in prop::collection::vec(any::<[u8; 8]>(), 1..60)) {
+        let mut machine = machine();
+        for mut bytes in stream {
+            bytes[0] %= 12;
+            match Command::decode(bytes) {
+                Command::RmpUpdate(pfn, update) => {
+                    let mut naive = Naive::of(&machine.rmp);
+                    prop_assert_eq!(machine.rmp.rmpupdate(pfn, update), naive.rmpupdate(pfn.0, update));
+                    prop_assert_eq!(Naive::of(&machine.rmp), naive);
+                }
+                command @ (Command::Pvalidate(..) | Command::Psmash(_)) => { let _ = command.apply(&mut machine); }
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn releasing_a_range_is_releasing_each_of_its_entries(
+        stream in prop::collection::vec(any::<[u8; 8]>(), 1..80), start in 0u64..2047, len in 1u64..1600,
+    ) {
+        let mut machine = machine();
+        for bytes in stream {
+            let _ = Command::decode(bytes).apply(&mut machine);
+        }
+        let range = PfnRange::new(Pfn(start), Pfn((start + len).min(2048))).unwrap();
+        let mut each = machine.rmp.clone();
+        for edge in [range.start(), range.end()] {
+            let head = edge.align_down(Level::Page2M);
+            if head != edge && each.entry(edge).is_some_and(|entry| entry.size() == RmpSize::Page2M) {
+                let _ = each.psmash(head);
+            }
+        }
+        let mut pfn = range.start();
+        while pfn < range.end() {
+            let size = each.entry(pfn).map_or(RmpSize::Page4K, |entry| entry.size());
+            let _ = each.rmpupdate(pfn, RmpUpdate::shared(size));
+            pfn = Pfn((pfn.0 & !(size.pages() - 1)) + size.pages());
+        }
+        machine.rmp.release(range);
+        prop_assert_eq!(machine.rmp, each);
+    }
+}
+
+#[test]
+fn a_byte_stream_reaches_every_kind_of_state() {
+    let mut machine = machine();
+    let mut seen = BTreeSet::new();
+    let mut state = 0u64;
+    let mut random = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb).to_le_bytes()
+    };
+    let count = if cfg!(miri) { 400 } else { 40_000 };
+    let bytes: Vec<u8> = (0..count).flat_map(|_| random()).collect();
+    let done = run_bytes(&mut machine, &bytes, |machine| {
+        seen.extend(machine.rmp.all_runs().map(|(_, entry)| entry.state()));
+    });
+    assert!(done > count / 10, "only {done} commands were legal");
+    if !cfg!(miri) {
+        let unreachable = [PageState::Hypervisor, PageState::Metadata];
+        let all: BTreeSet<_> = ALL_STATES.into_iter().filter(|state| !unreachable.contains(state)).collect();
+        assert!(seen.is_superset(&all), "not reached: {:?}", all.difference(&seen).collect::<Vec<_>>());
+    }
+}
+
+mod verbs {
+    use super::*;
+
+    fn private_mapping(gfn: u64, pfn: u64, level: Level) -> Mapping {
+        Mapping { gfn: Gfn(gfn), pfn: Pfn(pfn), level, side: Side::Private }
+    }
+
+    const NOT_VALIDATED: GuestOutcome = GuestOutcome::Exception(GuestException::NotValidated);
+
+    #[test]
+    fn a_punched_page_kills_the_guest_not_the_vm() {
+        let mut snp = Snp::default();
+        snp.finalize().unwrap();
+        let mapping = private_mapping(9, 3, Level::Page4K);
+        snp.make_private(Gfn(9), Pfn(3)).unwrap();
+        snp.make_private(Gfn(9), Pfn(3)).unwrap();
+        snp.map(mapping).unwrap();
+        assert_eq!(snp.guest_access(mapping, AccessKind::Load), NOT_VALIDATED);
+        assert_eq!(snp.guest_accept(mapping, Validation::Validate), GuestOutcome::Done);
+        assert_eq!(snp.guest_access(mapping, AccessKind::Store), GuestOutcome::Done);
+        assert_eq!(snp.host_access(Pfn(3), AccessKind::Store), HostOutcome::Fault);
+        assert_eq!(snp.host_access(Pfn(3), AccessKind::Load), HostOutcome::Ciphertext);
+        assert_eq!(snp.unmap(mapping), Contents::Kept);
+        assert_eq!(snp.guest_access(mapping, AccessKind::Load), GuestOutcome::Done);
+        assert_eq!(snp.reclaim(PfnRange::page(Pfn(3))), Contents::Undefined);
+        assert_eq!(snp.reclaim(PfnRange::page(Pfn(3))), Contents::Kept);
+        assert_eq!(snp.host_access(Pfn(3), AccessKind::Store), HostOutcome::Plain);
+        snp.make_private(Gfn(9), Pfn(3)).unwrap();
+        assert_eq!(snp.guest_access(mapping, AccessKind::Load), NOT_VALIDATED);
+        assert!(!snp.is_dead());
+    }
+
+    #[test]
+    fn populate_refuses_and_leaves_no_trace() {
+        let page = [0u8; 4096];
+        let measured = |source| Populate { source, kind: PopulateKind::Measured };
+        let mut snp = Snp::default();
+        let mut wrong_cpuid = page;
+        wrong_cpuid[0] = 65;
+        let before = snp.clone();
+        let cpuid = Populate { source: Some(&wrong_cpuid), kind: PopulateKind::Cpuid };
+        let refusal = snp.populate(Gfn(0), Pfn(0), cpuid).unwrap_err();
+        assert_eq!(refusal, Refusal { cause: Cause::Invalid, status: Status::SevFirmware(0x16) });
+        assert_eq!(snp.populate(Gfn(0), Pfn(0), measured(None)).unwrap_err().cause, Cause::Invalid);
+        let outside = snp.populate(Gfn(0), Pfn(1 << 36), measured(Some(&page)));
+        assert_eq!(outside.unwrap_err().cause, Cause::NotTracked);
+        assert!(snp == before);
+        snp.populate(Gfn(0), Pfn(0), measured(Some(&page))).unwrap();
+        assert_eq!(snp.launch_digest()[..4], [0x9d, 0x13, 0x63, 0x4b]);
+        assert_eq!(snp.populate(Gfn(0), Pfn(0), measured(Some(&page))).unwrap_err().cause, Cause::Exists);
+        assert_eq!(snp.guest_access(private_mapping(0, 0, Level::Page4K), AccessKind::Load), GuestOutcome::Done);
+        snp.finalize().unwrap();
+        let late = snp.populate(Gfn(1), Pfn(1), measured(Some(&page))).unwrap_err();
+        assert_eq!(late.status, Status::SevFirmware(2));
+        assert_eq!(snp.host_access(Pfn(1), AccessKind::Store), HostOutcome::Plain);
+    }
+
+    #[test]
+    fn large_pages_are_smashed_by_a_small_request() {
+        let mut snp = Snp::default();
+        snp.prepare(Gfn(1024 + 7), Pfn(512 + 7), Level::Page2M).unwrap();
+        assert_eq!(snp.max_level(Pfn(700), Side::Private), Level::Page2M);
+        assert_eq!(snp.max_level(Pfn(1100), Side::Private), Level::Page4K);
+        assert_eq!(snp.max_level(Pfn(700), Side::Shared), Level::Page1G);
+        let small = private_mapping(1030, 518, Level::Page2M);
+        let accept = Mapping { level: Level::Page4K, ..small };
+        let sizem = GuestOutcome::Exit(ExitReason::Rmp { size_mismatch: true, vmpl: false });
+        assert_eq!(snp.guest_accept(accept, Validation::Validate), sizem);
+        let zap = GfnRange::with_len(Gfn(1024), 512).unwrap();
+        assert_eq!(snp.rmp_fault(Gfn(1030), Some(Pfn(518)), Side::Private), RmpFault::Smashed { zap });
+        assert_eq!(snp.rmp_fault(Gfn(1030), Some(Pfn(518)), Side::Private), RmpFault::Spurious);
+        assert_eq!(snp.rmp_fault(Gfn(1030), Some(Pfn(518)), Side::Shared), RmpFault::Ignored);
+        assert_eq!(snp.rmp_fault(Gfn(1030), None, Side::Private), RmpFault::Ignored);
+        assert_eq!(snp.guest_accept(accept, Validation::Validate), GuestOutcome::Done);
+        let whole = private_mapping(1024, 512, Level::Page2M);
+        assert_eq!(snp.guest_accept(whole, Validation::Validate), GuestOutcome::Done);
+        assert_eq!(snp.guest_access(private_mapping(1535, 1023, Level::Page4K), AccessKind::Fetch), GuestOutcome::Done);
+    }
+
+    #[test]
+    fn punching_a_part_of_a_large_page_keeps_the_rest() {
+        let mut snp = Snp::default();
+        snp.prepare(Gfn(512), Pfn(512), Level::Page2M).unwrap();
+        let large = private_mapping(512, 512, Level::Page2M);
+        assert_eq!(snp.guest_accept(large, Validation::Validate), GuestOutcome::Done);
+        let part = PfnRange::with_len(Pfn(600), 8).unwrap();
+        assert_eq!(snp.reclaim(part), Contents::Undefined);
+        let around = |pfn: u64| snp.clone().guest_access(private_mapping(pfn, pfn, Level::Page4K), AccessKind::Load);
+        assert_eq!((around(599), around(608)), (GuestOutcome::Done, GuestOutcome::Done));
+        assert_ne!(around(600), GuestOutcome::Done);
+    }
+
+    #[test]
+    fn vmsas_are_measured_last_and_the_id_block_is_checked() {
+        let mut snp = Snp::default();
+        snp.add_vmsa(Pfn(40), &[0x11; 4096]);
+        snp.set_id_block(IdBlock { digest: [0; 48], policy: POLICY_RESERVED_ONE });
+        let before = snp.clone();
+        assert_eq!(snp.finalize().unwrap_err().status, Status::SevFirmware(0x0b));
+        assert!(snp == before);
+        let mut digest = crate::measure::snp::SnpDigest::new();
+        let info = crate::measure::snp::PageInfo::new(PageType::Vmsa, VMSA_GPA);
+        digest.update(info, &[0x11; 4096]);
+        snp.set_id_block(IdBlock { digest: digest.digest(), policy: POLICY_RESERVED_ONE });
+        assert!(!snp.prefault_allowed());
+        snp.finalize().unwrap();
+        assert!(snp.prefault_allowed());
+        snp.rmp_mut().enter(Asid(1), Pfn(40)).unwrap();
+    }
+
+    #[test]
+    fn a_file_outlives_its_vm() {
+        let mut snp = Snp::default();
+        snp.add_vmsa(Pfn(40), &[0; 4096]);
+        snp.finalize().unwrap();
+        snp.make_private(Gfn(0), Pfn(0)).unwrap();
+        snp.set_guest_vmsa(Gfn(0));
+        snp.invalidate(GfnRange::page(Gfn(1)));
+        assert!(snp.take_reloads().is_empty());
+        snp.invalidate(GfnRange::page(Gfn(0)));
+        assert_eq!(snp.take_reloads().len(), 1);
+        snp.destroy();
+        assert!(snp.is_dead());
+        assert_eq!(snp.host_access(Pfn(0), AccessKind::Store), HostOutcome::Fault);
+        assert_eq!(snp.make_private(Gfn(1), Pfn(1)).unwrap_err().cause, Cause::VmDead);
+        assert_eq!(snp.reclaim(PfnRange::page(Pfn(0))), Contents::Undefined);
+        assert_eq!(snp.machine().rmp.run_count(), 0, "nothing of the VM is left in the table");
+    }
+}
