@@ -1,5 +1,7 @@
 //! `gmem check`: replays recorded facts against the models.
 
+pub(crate) mod snp;
+
 /// One fact of a vector file and what became of it.
 #[derive(Debug)]
 pub(crate) struct Case {

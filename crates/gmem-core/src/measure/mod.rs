@@ -1,3 +1,7 @@
 //! Launch measurements: what a verifier must expect for a given initial memory.
 
+pub mod launch;
+pub mod ovmf;
+pub mod sev;
 pub mod snp;
+pub mod vmsa;

@@ -1,0 +1,3 @@
+//! `gmem measure`: expected launch measurements, without any hardware.
+
+pub(crate) mod amd;
