@@ -1,4 +1,4 @@
-//! One-page commands on a table of a million pages, in the order of addresses and in a scattered one.
+//! One-page commands on a table of a million pages: one run, and the worst case of a million runs.
 
 use std::hint::black_box;
 
@@ -13,66 +13,70 @@ fn covered() -> PfnRange {
     PfnRange::with_len(Pfn(0), PAGES).expect("not empty")
 }
 
-fn give(rmp: &mut Rmp, pfn: u64) {
-    let update = RmpUpdate::private(Gfn(pfn), RmpSize::Page4K, Asid(1), false);
+/// The guest page behind a host page: the same, or with neighbours swapped so that no two pages are one run.
+type Layout = fn(u64) -> u64;
+
+fn give(rmp: &mut Rmp, layout: Layout, pfn: u64) {
+    let update = RmpUpdate::private(Gfn(layout(pfn)), RmpSize::Page4K, Asid(1), false);
     rmp.rmpupdate(Pfn(pfn), update).expect("legal");
 }
 
-/// A million pages of one guest; every second one lies elsewhere in the guest, so that no two are one run.
-fn table(scattered: bool) -> Rmp {
-    let mut rmp = Rmp::new(covered());
-    for pfn in 0..PAGES {
-        let gfn = if scattered { pfn ^ 1 } else { pfn };
-        let update = RmpUpdate::private(Gfn(gfn), RmpSize::Page4K, Asid(1), false);
-        rmp.rmpupdate(Pfn(pfn), update).expect("legal");
-    }
-    rmp
+fn take(rmp: &mut Rmp, pfn: u64) {
+    rmp.rmpupdate(Pfn(pfn), RmpUpdate::shared(RmpSize::Page4K)).expect("legal");
 }
 
-fn validate(rmp: &mut Rmp, gfn: u64, pfn: u64, to: Validation) {
-    let at = Translation { gfn: Gfn(gfn), pfn: Pfn(pfn), nested: Level::Page4K };
-    let _ = black_box(rmp.pvalidate(Caller::vmpl0(Asid(1)), at, RmpSize::Page4K, to));
+fn validate(rmp: &mut Rmp, layout: Layout, pfn: u64, to: Validation) {
+    let at = Translation { gfn: Gfn(layout(pfn)), pfn: Pfn(pfn), nested: Level::Page4K };
+    rmp.pvalidate(Caller::vmpl0(Asid(1)), at, RmpSize::Page4K, to).expect("legal");
+}
+
+/// Every iteration is two commands, so that the table is the same afterwards.
+fn pairs(criterion: &mut Criterion, name: &str, layout: Layout, step: u64) {
+    let mut rmp = Rmp::new(covered());
+    (0..PAGES).for_each(|pfn| give(&mut rmp, layout, pfn));
+    let mut pfn = 0;
+    criterion.bench_function(&format!("snp/two rmpupdates/{name}"), |bench| {
+        bench.iter(|| {
+            pfn = (pfn + step) % PAGES;
+            take(&mut rmp, pfn);
+            give(&mut rmp, layout, pfn);
+        });
+    });
+    criterion.bench_function(&format!("snp/two pvalidates/{name}"), |bench| {
+        bench.iter(|| {
+            pfn = (pfn + step) % PAGES;
+            validate(&mut rmp, layout, pfn, Validation::Validate);
+            validate(&mut rmp, layout, pfn, Validation::Rescind);
+        });
+    });
+}
+
+/// A guest that accepts its memory page by page, over and over.
+fn sweep(criterion: &mut Criterion) {
+    let mut rmp = Rmp::new(covered());
+    (0..PAGES).for_each(|pfn| give(&mut rmp, |pfn| pfn, pfn));
+    let (mut pfn, mut to) = (0, Validation::Validate);
+    criterion.bench_function("snp/one pvalidate/in order", |bench| {
+        bench.iter(|| {
+            validate(&mut rmp, |pfn| pfn, pfn, to);
+            pfn += 1;
+            if pfn == PAGES {
+                pfn = 0;
+                to = if to == Validation::Validate { Validation::Rescind } else { Validation::Validate };
+            }
+        });
+    });
 }
 
 fn commands(criterion: &mut Criterion) {
-    let mut pfn = 0;
-    let mut next = |step: u64| {
-        pfn = (pfn + step) % PAGES;
-        pfn
-    };
-    let scatter = 389_399;
-
-    let mut rmp = table(false);
-    criterion.bench_function("snp/rmpupdate/in order, there and back", |bench| {
-        bench.iter(|| {
-            let pfn = next(1);
-            rmp.rmpupdate(Pfn(pfn), RmpUpdate::shared(RmpSize::Page4K)).expect("legal");
-            give(&mut rmp, pfn);
-        });
-    });
-    criterion.bench_function("snp/pvalidate/in order", |bench| {
-        bench.iter(|| {
-            let pfn = next(1);
-            validate(&mut rmp, pfn, pfn, Validation::Validate);
-        });
-    });
-    let mut rmp = table(true);
-    criterion.bench_function("snp/pvalidate/scattered, a million runs, there and back", |bench| {
-        bench.iter(|| {
-            let pfn = next(scatter);
-            validate(&mut rmp, pfn ^ 1, pfn, Validation::Validate);
-            validate(&mut rmp, pfn ^ 1, pfn, Validation::Rescind);
-        });
-    });
-    criterion.bench_function("snp/rmpupdate/scattered, a million runs", |bench| {
-        bench.iter(|| {
-            let pfn = next(scatter);
-            let update = RmpUpdate::private(Gfn(pfn ^ 1), RmpSize::Page4K, Asid(2), false);
-            rmp.rmpupdate(Pfn(pfn), update).expect("legal");
-        });
-    });
-    let whole = table(false);
-    criterion.bench_function("snp/release/all of a million pages in one run", |bench| {
+    sweep(criterion);
+    pairs(criterion, "one run, in order", |pfn| pfn, 1);
+    pairs(criterion, "one run, scattered", |pfn| pfn, 389_399);
+    pairs(criterion, "a million runs, in order", |pfn| pfn ^ 1, 1);
+    pairs(criterion, "a million runs, scattered", |pfn| pfn ^ 1, 389_399);
+    let mut whole = Rmp::new(covered());
+    (0..PAGES).for_each(|pfn| give(&mut whole, |pfn| pfn, pfn));
+    criterion.bench_function("snp/release/a million pages of one run", |bench| {
         bench.iter(|| black_box(whole.clone().release(covered())));
     });
 }

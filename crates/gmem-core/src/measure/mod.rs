@@ -5,3 +5,6 @@ pub mod ovmf;
 pub mod sev;
 pub mod snp;
 pub mod vmsa;
+
+#[cfg(test)]
+mod tests;

@@ -22,6 +22,7 @@
 //!
 //! A refused verb or command changes nothing.
 
+pub mod sev;
 pub mod snp;
 
 use crate::addr::{Gfn, Level, Pfn};
