@@ -10,8 +10,7 @@ use clap::{Args, ValueEnum};
 use gmem_core::measure::launch::{
     LaunchError, Part, SevGuest, SevStep, SnpGuest, SnpStep, SvsmGuest, firmware_digest, svsm_end,
 };
-use gmem_core::measure::ovmf::{BootHashes, Ovmf, OvmfError};
-use gmem_core::measure::snp::PageType;
+use gmem_core::measure::ovmf::{BootHashes, Ovmf, OvmfError, SectionKind};
 use gmem_core::measure::vmsa::{VCPU_TYPES, VcpuReset, Vmm, reset_pages, signature, svsm_page};
 use serde_json::{Value, json};
 
@@ -298,7 +297,7 @@ impl<'a> Report<'a> {
         let digest = step.digest.digest();
         match (self.output.explain, self.output.json) {
             (false, _) => {}
-            (true, false) => println!("{gpa:#014x} {kind:<10} {:<16} {}", part(step.part), hex(&digest)),
+            (true, false) => println!("{gpa:#014x} {kind:<10} {:<17} {}", part(step.part), hex(&digest)),
             (true, true) => self.steps.push(json!({
                 "part": part(step.part), "type": kind, "gpa": format!("{gpa:#x}"), "digest_after": hex(&digest),
             })),
@@ -308,7 +307,7 @@ impl<'a> Report<'a> {
     fn sev(&mut self, step: SevStep) {
         match (self.output.explain, self.output.json) {
             (false, _) => {}
-            (true, false) => println!("{:>10} bytes {:<16} {}", step.len, part(step.part), hex(&step.digest)),
+            (true, false) => println!("{:>10} bytes {:<17} {}", step.len, part(step.part), hex(&step.digest)),
             (true, true) => self.steps.push(json!({
                 "part": part(step.part), "bytes": step.len, "digest_after": hex(&step.digest),
             })),
@@ -338,9 +337,20 @@ fn part(part: Part) -> String {
     match part {
         Part::Firmware => "firmware".to_owned(),
         Part::Svsm => "svsm".to_owned(),
-        Part::Section(kind) => format!("section {}", kind.page_type().map_or("UNKNOWN", PageType::name).to_lowercase()),
+        Part::Section(kind) => section(kind).to_owned(),
         Part::KernelHashes => "kernel hashes".to_owned(),
         Part::Vmsa(vcpu) => format!("vcpu {vcpu}"),
+    }
+}
+
+const fn section(kind: SectionKind) -> &'static str {
+    match kind {
+        SectionKind::SecMem => "sec memory",
+        SectionKind::Secrets => "secrets",
+        SectionKind::Cpuid => "cpuid",
+        SectionKind::SvsmCaa => "svsm calling area",
+        SectionKind::KernelHashes => "no kernel hashes",
+        SectionKind::Unknown(_) => "unknown",
     }
 }
 

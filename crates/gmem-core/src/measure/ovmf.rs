@@ -8,8 +8,6 @@ use alloc::vec::Vec;
 
 use sha2::{Digest, Sha256};
 
-use super::snp::PageType;
-
 /// Where an image ends in guest physical memory: at 4 GiB.
 const END_GPA: u64 = 1 << 32;
 /// Bytes of a table entry's header: length and GUID.
@@ -80,17 +78,6 @@ impl SectionKind {
             4 => Self::SvsmCaa,
             0x10 => Self::KernelHashes,
             other => Self::Unknown(other),
-        }
-    }
-
-    /// How QEMU loads a section of this kind; kernel hashes without a kernel are zero pages.
-    #[must_use]
-    pub const fn page_type(self) -> Option<PageType> {
-        match self {
-            Self::SecMem | Self::SvsmCaa | Self::KernelHashes => Some(PageType::Zero),
-            Self::Secrets => Some(PageType::Secrets),
-            Self::Cpuid => Some(PageType::Cpuid),
-            Self::Unknown(_) => None,
         }
     }
 }

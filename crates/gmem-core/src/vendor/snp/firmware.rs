@@ -339,7 +339,7 @@ impl Machine {
                 guest.imi_digest.update_hashed(info, contents);
             }
         }
-        self.rmp.set(self.rmp.span(update.pfn), launched(entry, kind, update.vmpl));
+        self.rmp.set_whole(update.pfn, launched(entry, kind, update.vmpl));
         self.guests.insert(gctx, guest);
         Ok(())
     }
@@ -404,7 +404,7 @@ impl Machine {
             PageState::HvFixed | PageState::Context => return Err(FwError::InvalidPageState),
             _ => return Ok(()),
         };
-        self.rmp.set(self.rmp.span(page), mutable);
+        self.rmp.set_whole(page, mutable);
         Ok(())
     }
 

@@ -214,7 +214,7 @@ impl Rmp {
             Validation::Validate => entry.bits | EntryBits::VALIDATED,
             Validation::Rescind => entry.bits - (EntryBits::VALIDATED | EntryBits::VMSA),
         };
-        self.set(self.span(at.pfn), self.head(at.pfn, Entry { bits, ..entry }));
+        self.set_whole(at.pfn, Entry { bits, ..entry });
         Ok(Pvalidated::Changed)
     }
 
@@ -249,7 +249,7 @@ impl Rmp {
         if let Some(permissions) = entry.permissions.get_mut(usize::from(adjust.target.0)) {
             *permissions = adjust.permissions;
         }
-        self.set(self.span(at.pfn), self.head(at.pfn, entry));
+        self.set_whole(at.pfn, entry);
         Ok(())
     }
 
@@ -307,12 +307,6 @@ impl Rmp {
             (_, of) if of == size && sizes_agree(at.nested, of) => Ok(entry),
             _ => Err(Fault::Nested(Npf::RMP | Npf::ENC | Npf::SIZEM).into()),
         }
-    }
-
-    /// The entry of the first page of the region that `pfn` lies in, given the entry of `pfn`.
-    fn head(&self, pfn: Pfn, entry: Entry) -> Entry {
-        let back = pfn.0 - pfn.align_down(entry.size().level()).0;
-        Entry { gfn: Gfn(entry.gfn.0.wrapping_sub(back)), ..entry }
     }
 }
 

@@ -298,11 +298,11 @@ impl Snp {
         })
     }
 
-    /// `snp_page_reclaim()`: a page that the firmware refused becomes the host's again.
+    /// `snp_page_reclaim()`: a page that the firmware refused or gave back becomes the host's again. Only a locked page
+    /// does not, and that one is lost to the host as in Linux.
     fn take_back(&mut self, pfn: Pfn) {
-        let reclaimed = self.machine.page_reclaim(pfn, RmpSize::Page4K);
-        let shared = self.machine.rmp.rmpupdate(pfn, RmpUpdate::shared(RmpSize::Page4K));
-        debug_assert!(reclaimed.is_ok() && shared.is_ok(), "a PRE_GUEST page can be taken back");
+        let _ = self.machine.page_reclaim(pfn, RmpSize::Page4K);
+        let _ = self.machine.rmp.rmpupdate(pfn, RmpUpdate::shared(RmpSize::Page4K));
     }
 
     /// Ends the launch: loads the VMSAs, checks the ID block, lets the guest run. Costs a copy of the table's runs.
@@ -352,32 +352,34 @@ impl Snp {
         }
     }
 
-    /// The guest validates a page or gives it back, as Linux does: a 2 MiB request that finds 4 KiB entries is repeated
-    /// page by page. A page that was in the wanted state already counts as done.
+    /// The guest validates the pages of a mapping or gives them back, as Linux does: a 2 MiB request that PVALIDATE
+    /// answers with a code is repeated page by page. A page that was in the wanted state already counts as done.
     pub fn guest_accept(&mut self, mapping: Mapping, to: Validation) -> GuestOutcome {
         let size = if mapping.level == Level::Page4K { RmpSize::Page4K } else { RmpSize::Page2M };
-        match self.pvalidate(mapping, size, to) {
-            Err(GuestError::Code(RmpError::SizeMismatch)) => self.accept_each(mapping, size, to),
-            Err(GuestError::Fault(fault)) => fault.into(),
-            Err(GuestError::Code(_)) | Ok(()) => GuestOutcome::Done,
+        self.accept_parts(mapping, size, to)
+    }
+
+    fn accept_parts(&mut self, whole: Mapping, size: RmpSize, to: Validation) -> GuestOutcome {
+        for offset in (0..whole.level.pages()).step_by(if size == RmpSize::Page4K { 1 } else { 512 }) {
+            let (gfn, pfn) = (whole.gfn.checked_add(offset), whole.pfn.checked_add(offset));
+            let (Some(gfn), Some(pfn)) = (gfn, pfn) else { break };
+            // KVM maps at the size of the entry, so that a request finds a nested mapping of its own size.
+            let part = Mapping { gfn, pfn, level: size.level(), side: whole.side };
+            let outcome = match self.pvalidate(part, size, to) {
+                Err(GuestError::Fault(fault)) => fault.into(),
+                Err(GuestError::Code(_)) if size == RmpSize::Page2M => self.accept_parts(part, RmpSize::Page4K, to),
+                Err(GuestError::Code(_)) | Ok(()) => GuestOutcome::Done,
+            };
+            if outcome != GuestOutcome::Done {
+                return outcome;
+            }
         }
+        GuestOutcome::Done
     }
 
     fn pvalidate(&mut self, mapping: Mapping, size: RmpSize, to: Validation) -> Result<(), GuestError> {
         let guest = Caller::vmpl0(self.config.asid);
         self.machine.rmp.pvalidate(guest, translation(mapping), size, to).map(|_| ())
-    }
-
-    fn accept_each(&mut self, mapping: Mapping, size: RmpSize, to: Validation) -> GuestOutcome {
-        for page in 0..size.pages() {
-            let (gfn, pfn) = (mapping.gfn.checked_add(page), mapping.pfn.checked_add(page));
-            let (Some(gfn), Some(pfn)) = (gfn, pfn) else { break };
-            let page = Mapping { gfn, pfn, level: Level::Page4K, side: mapping.side };
-            if let Err(GuestError::Fault(fault)) = self.pvalidate(page, RmpSize::Page4K, to) {
-                return fault.into();
-            }
-        }
-        GuestOutcome::Done
     }
 
     /// The host touches a page through a 4 KiB mapping; see [`Rmp::host_write`] for larger ones.

@@ -451,6 +451,15 @@ impl Rmp {
         self.entries.insert(range.start().0, range.len(), entry);
     }
 
+    /// Writes all pages of the entry that `pfn` belongs to, given the new entry of `pfn` itself.
+    pub(super) fn set_whole(&mut self, pfn: Pfn, entry: Entry) {
+        let size = entry.size();
+        let first = pfn.align_down(size.level());
+        let back = if entry.asid == Asid::HOST { 0 } else { pfn.0 - first.0 };
+        let entry = Entry { gfn: Gfn(entry.gfn.0.wrapping_sub(back)), ..entry };
+        self.entries.insert(first.0, size.pages(), entry);
+    }
+
     /// Makes host pages unavailable to anyone else, as SNP_INIT_EX does for pages that the host names; pages that are
     /// taken or outside the table stay as they are.
     pub(super) fn fix(&mut self, range: PfnRange) {
@@ -462,13 +471,6 @@ impl Rmp {
     /// Takes the entries of pages away without RMPUPDATE, as the firmware does.
     pub(super) fn clear(&mut self, range: PfnRange) {
         self.entries.remove(range.start().0, range.len());
-    }
-
-    /// The pages of the entry that `pfn` belongs to.
-    #[must_use]
-    pub fn span(&self, pfn: Pfn) -> PfnRange {
-        let size = self.entry(pfn).map_or(RmpSize::Page4K, |entry| entry.size());
-        PfnRange::with_len(pfn.align_down(size.level()), size.pages()).unwrap_or_else(|| PfnRange::page(pfn))
     }
 
     /// Whether RMPUPDATE could make a 2 MiB entry at `pfn`: aligned, covered, and no page of it taken

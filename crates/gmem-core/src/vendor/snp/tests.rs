@@ -626,6 +626,12 @@ mod verbs {
         assert_eq!(snp.rmp_fault(Gfn(1030), Some(Pfn(518)), Side::Shared), RmpFault::Ignored);
         assert_eq!(snp.rmp_fault(Gfn(1030), None, Side::Private), RmpFault::Ignored);
         assert_eq!(snp.guest_accept(accept, Validation::Validate), GuestOutcome::Done);
+        let odd = private_mapping(1025, 513, Level::Page2M);
+        assert_ne!(
+            snp.clone().guest_accept(odd, Validation::Validate),
+            GuestOutcome::Done,
+            "it ends outside the entry"
+        );
         let whole = private_mapping(1024, 512, Level::Page2M);
         assert_eq!(snp.guest_accept(whole, Validation::Validate), GuestOutcome::Done);
         assert_eq!(snp.guest_access(private_mapping(1535, 1023, Level::Page4K), AccessKind::Fetch), GuestOutcome::Done);
