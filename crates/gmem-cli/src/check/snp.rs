@@ -83,9 +83,14 @@ fn replay_snp(name: &str, vector: &Value, steps: &Value, cases: &mut Vec<Case>) 
 }
 
 /// A guest in its launch, and the next free host page.
+///
+/// Each page is measured twice: by the digest alone, and by the model that loads it. They have to agree for as long
+/// as the recorded addresses are ones that a reverse map entry can hold.
 struct Launch {
     machine: Machine,
     next: u64,
+    digest: SnpDigest,
+    loadable: bool,
 }
 
 /// One page, or 512 as one page of 2 MiB.
@@ -109,15 +114,11 @@ impl Launch {
         machine.gctx_create(GCTX).map_err(debug)?;
         machine.launch_start(GCTX, start).map_err(debug)?;
         machine.activate(GCTX, GUEST).map_err(debug)?;
-        Ok(Self { machine, next: 0 })
-    }
-
-    fn current(&self) -> SnpDigest {
-        self.machine.guest(GCTX).map_or_else(SnpDigest::new, |guest| guest.digest)
+        Ok(Self { machine, next: 0, digest: SnpDigest::new(), loadable: true })
     }
 
     fn digest(&self) -> String {
-        hex(&self.current().digest())
+        hex(&self.digest.digest())
     }
 
     /// Replays one step and returns the PAGE_INFO of its last page.
@@ -166,7 +167,7 @@ impl Launch {
         }
         let fill = |page: u64| if counting { page.to_le_bytes()[0] } else { 0 };
         let bytes = |page| vec![fill(page); 4096];
-        let whole = count == 512 && step == 4096 && start % 0x20_0000 == 0;
+        let whole = count == 512 && step == 4096 && start.is_multiple_of(0x20_0000);
         if whole {
             let contents = Contents::Bytes((0..count).flat_map(bytes).collect());
             return self.load(&Load { info: PageInfo::new(kind, start), size: RmpSize::Page2M, contents });
@@ -178,20 +179,54 @@ impl Launch {
     }
 
     fn load(&mut self, load: &Load) -> Result<String, String> {
+        let info = self.measure(load);
+        self.loadable &= load.info.gpa.is_multiple_of(4096) && load.info.gpa < 1 << 52;
+        if self.loadable {
+            self.load_into_model(load)?;
+        }
+        Ok(info)
+    }
+
+    fn measure(&mut self, load: &Load) -> String {
+        let mut info = load.info;
+        let mut encoded = String::new();
+        for page in 0..load.size.pages() {
+            let hash = load.contents.hash(info.kind, page);
+            encoded = hex(&self.digest.encode(info, hash));
+            self.digest.update_hashed(info, hash);
+            info.gpa = info.gpa.wrapping_add(4096);
+        }
+        encoded
+    }
+
+    fn load_into_model(&mut self, load: &Load) -> Result<(), String> {
         let pfn = Pfn(self.next);
         self.next += 512;
-        let gfn = Gfn::of_gpa(load.info.gpa);
-        let update = RmpUpdate::private(gfn, load.size, GUEST, true);
+        let update = RmpUpdate::private(Gfn::of_gpa(load.info.gpa), load.size, GUEST, true);
         self.machine.rmp.rmpupdate(pfn, update).map_err(debug)?;
-        let (contents, hash) = match &load.contents {
-            Contents::Bytes(bytes) => (Loaded::Bytes(bytes), ContentsHash::of(load.info.kind, bytes)),
-            Contents::Hash(hash) => (Loaded::Hashed(*hash), *hash),
+        let contents = match &load.contents {
+            // What is not measured is not recorded either, so that it cannot be a wrong CPUID table.
+            _ if !load.info.kind.measures_contents() => Loaded::Bytes(&[]),
+            Contents::Bytes(bytes) => Loaded::Bytes(bytes),
+            Contents::Hash(hash) => Loaded::Hashed(*hash),
         };
-        let info = self.current().encode(load.info, hash);
         let PageInfo { kind, imi, vmpl, .. } = load.info;
         let update = LaunchUpdate { pfn, size: load.size, kind: kind.raw(), imi, vmpl, contents };
         self.machine.launch_update(GCTX, update).map_err(debug)?;
-        Ok(hex(&info))
+        let model = self.machine.guest(GCTX).map(|guest| guest.digest);
+        if model == Some(self.digest) { Ok(()) } else { Err(format!("the model measures {model:?}")) }
+    }
+}
+
+impl Contents {
+    fn hash(&self, kind: PageType, page: u64) -> ContentsHash {
+        match self {
+            Self::Hash(hash) => *hash,
+            Self::Bytes(bytes) => {
+                let at = usize::try_from(page).map_or(usize::MAX, |page| page.saturating_mul(4096));
+                ContentsHash::of(kind, bytes.get(at..).unwrap_or_default())
+            }
+        }
     }
 }
 
@@ -309,6 +344,26 @@ mod tests {
         }]});
         let cases = replay(&steps).unwrap();
         assert!(failures(&cases).is_empty(), "{cases:#?}");
+    }
+
+    #[test]
+    fn addresses_that_no_entry_holds_are_measured_all_the_same() {
+        let mut digest = SnpDigest::new();
+        let gpa = 0xffff_ffff_ffff_f000;
+        digest.update(PageInfo::new(PageType::Zero, gpa), &[]);
+        let file = json!({"vectors": [{
+            "pages": [{"type": "ZERO", "gpa": format!("{gpa:#x}")}], "launch_digest": hex(&digest.digest()),
+        }]});
+        assert!(failures(&replay(&file).unwrap()).is_empty());
+    }
+
+    #[test]
+    fn sev_loads_are_one_stream() {
+        let file = json!({"vectors": [{
+            "steps": [{"data_hex": "61"}, {"data_hex": "6263"}],
+            "launch_digest": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        }]});
+        assert!(failures(&replay(&file).unwrap()).is_empty());
     }
 
     #[test]
