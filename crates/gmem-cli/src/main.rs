@@ -1,7 +1,10 @@
 //! `gmem`: guest private memory for unmodified KVM programs, and tools to study it.
 
+#[cfg(test)]
 mod check;
 mod elf;
+#[cfg(test)]
+mod measure;
 mod probe;
 mod run;
 mod types;

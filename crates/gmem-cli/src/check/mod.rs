@@ -3,6 +3,8 @@
 
 pub(crate) mod snp;
 
+pub(crate) mod tdx;
+
 /// One fact of a vector file and what became of it.
 #[derive(Debug)]
 pub(crate) struct Case {

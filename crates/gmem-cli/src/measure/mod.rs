@@ -32,3 +32,4 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::SevEs(args) => amd::run_sev_es(args),
     }
 }
+pub(crate) mod tdx;

@@ -8,3 +8,6 @@ pub mod vmsa;
 
 #[cfg(test)]
 mod tests;
+//! Launch measurements, computed from the same steps that populate memory.
+
+pub mod tdx;

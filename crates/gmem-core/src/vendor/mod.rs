@@ -24,6 +24,7 @@
 
 pub mod sev;
 pub mod snp;
+pub mod tdx;
 
 use crate::addr::{Gfn, Level, Pfn};
 

@@ -1,0 +1,111 @@
+//! What the guest does: TDG.MEM.PAGE.ACCEPT and plain accesses.
+
+use super::sept::{LOCKED, SeptFlags, SeptState, Septe};
+use super::status::{Operand, TdxStatus};
+use super::tables::PAGE_ACCEPT;
+use super::{PageInfo, PendingAccess, Tdx};
+use crate::vendor::{ExitReason, GuestException, GuestOutcome};
+
+/// Chunks of 4 KiB that accepting a 2 MiB page initialises.
+const CHUNKS: u16 = 512;
+
+/// A TD exit because of an EPT violation, as the host is told of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct EptViolation {
+    /// Guest address in bytes.
+    pub gpa: u64,
+    /// Level that the guest asked for.
+    pub requested_level: u8,
+    /// Level of the entry that stopped the walk.
+    pub level: u8,
+    /// State of that entry.
+    pub state: SeptState,
+    /// That entry as the module read it, with the lock bit if it had been locked.
+    pub septe: u64,
+}
+
+/// How TDG.MEM.PAGE.ACCEPT ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Accepted {
+    /// The guest continues with this in RAX.
+    Returned(TdxStatus),
+    /// An interrupt ended it half-way; the guest will execute the instruction again.
+    Interrupted,
+    /// The host has to do something about the mapping.
+    TdExit(EptViolation),
+}
+
+impl Tdx {
+    /// TDG.MEM.PAGE.ACCEPT: the guest takes a pending page of 4 KiB or 2 MiB, which becomes zero.
+    ///
+    /// A 2 MiB page is initialised in chunks; where an interrupt stops it, the entry remembers how far it came.
+    pub fn page_accept(&mut self, at: PageInfo) -> Accepted {
+        let (level, gfn) = (at.level(), at.gfn());
+        let aligned = gfn & ((1 << super::sept::shift(level)) - 1) == 0;
+        if at.reserved() != 0 || level > 1 || !aligned || !self.is_private_gpa(gfn << 12) {
+            return Accepted::Returned(TdxStatus::OPERAND_INVALID.about(Operand::Rcx));
+        }
+        let (reached, entry) = self.sept.walk(self.top_level(), level, gfn);
+        match refusal(level, reached, entry) {
+            Some(Refusal::Status(status)) => Accepted::Returned(status.at_level(reached)),
+            Some(Refusal::Violation { lock }) => Accepted::TdExit(EptViolation {
+                gpa: gfn << 12,
+                requested_level: level,
+                level: reached,
+                state: entry.state,
+                septe: entry.raw(reached) | lock,
+            }),
+            None => self.accept(level, gfn, entry),
+        }
+    }
+
+    fn accept(&mut self, level: u8, gfn: u64, entry: Septe) -> Accepted {
+        let mut done = entry.accepted;
+        while level == 1 && done + 1 < CHUNKS {
+            done += 1;
+            if self.interrupt_pending() {
+                self.sept.set(level, gfn, entry.state, entry.with_accepted(done));
+                return Accepted::Interrupted;
+            }
+        }
+        let exported = entry.state == SeptState::PendingExportedDirty;
+        let state = if exported { SeptState::ExportedDirty } else { SeptState::Mapped };
+        self.sept.set(level, gfn, entry.state, entry.with(state).with_accepted(0));
+        Accepted::Returned(TdxStatus::SUCCESS)
+    }
+
+    /// What a read, write or fetch of the private guest frame `gfn` leads to.
+    ///
+    /// States that are blocked for writing exist only during an export and are taken as accessible.
+    #[must_use]
+    pub fn private_access(&self, gfn: u64) -> GuestOutcome {
+        let (_, entry) = self.sept.walk(self.top_level(), 0, gfn);
+        let pending = entry.state.has(SeptFlags::ANY_PENDING) && !entry.state.has(SeptFlags::ANY_BLOCKED);
+        match self.config.pending_access {
+            _ if entry.state.has(SeptFlags::GUEST_ACCESSIBLE_LEAF) => GuestOutcome::Done,
+            PendingAccess::VirtualizationException if pending => {
+                GuestOutcome::Exception(GuestException::VirtualizationException)
+            }
+            PendingAccess::TdExit if pending => GuestOutcome::Exit(ExitReason::PendingTd),
+            _ => GuestOutcome::Exit(ExitReason::NotPresent),
+        }
+    }
+}
+
+enum Refusal {
+    Status(TdxStatus),
+    Violation { lock: u64 },
+}
+
+/// Why an entry cannot be accepted. A walk that stopped above the requested level never locks the entry.
+fn refusal(level: u8, reached: u8, entry: Septe) -> Option<Refusal> {
+    let accessible = entry.state.has(SeptFlags::GUEST_ACCESSIBLE_LEAF);
+    let table = entry.state != SeptState::Free && !entry.state.is_leaf();
+    match (reached == level, PAGE_ACCEPT.allowed_from(entry.state)) {
+        (false, _) if !accessible => Some(Refusal::Violation { lock: 0 }),
+        (true, _) if table => Some(Refusal::Status(TdxStatus::PAGE_SIZE_MISMATCH)),
+        _ if accessible => Some(Refusal::Status(TdxStatus::PAGE_ALREADY_ACCEPTED)),
+        (true, Some(true)) => None,
+        _ => Some(Refusal::Violation { lock: LOCKED }),
+    }
+}
