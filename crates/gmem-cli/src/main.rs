@@ -1,9 +1,7 @@
 //! `gmem`: guest private memory for unmodified KVM programs, and tools to study it.
 
-#[cfg(test)]
 mod check;
 mod elf;
-#[cfg(test)]
 mod measure;
 mod probe;
 mod run;
@@ -30,12 +28,19 @@ enum Command {
     Run(run::Arguments),
     /// Show what this host's kernel has, what gmem adds, and what would be native.
     Probe(probe::Arguments),
+    /// Replay recorded facts of the architectures against the models.
+    Check(check::Arguments),
+    /// Compute the launch measurement that a verifier must expect, without the hardware.
+    #[command(subcommand)]
+    Measure(measure::Command),
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
+        Command::Check(arguments) => check::run(&arguments),
+        Command::Measure(command) => measure::run(&command).map(|()| ExitCode::SUCCESS),
     };
     match result {
         Ok(code) => code,

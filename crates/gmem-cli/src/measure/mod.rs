@@ -1,6 +1,8 @@
 //! `gmem measure`: expected launch measurements, without any hardware.
 
-pub(crate) mod amd;
+mod amd;
+pub(crate) mod cca;
+mod tdx;
 
 use clap::Subcommand;
 
@@ -20,6 +22,10 @@ pub(crate) enum Command {
     /// An SEV-ES guest.
     #[command(alias = "seves")]
     SevEs(amd::SevEsArgs),
+    /// A TDX guest: the MRTD.
+    Tdx(tdx::TdxArgs),
+    /// An Arm CCA realm: the initial measurement.
+    Cca(cca::Args),
 }
 
 /// Measures and prints.
@@ -30,6 +36,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::SnpSvsm(args) => amd::run_snp_svsm(args),
         Command::Sev(args) => amd::run_sev(args),
         Command::SevEs(args) => amd::run_sev_es(args),
+        Command::Tdx(args) => tdx::run(args),
+        Command::Cca(args) => cca::run(args),
     }
 }
-pub(crate) mod tdx;

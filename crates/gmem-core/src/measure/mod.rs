@@ -1,13 +1,13 @@
-//! Launch measurements: what a verifier must expect for a given initial memory.
+//! Launch measurements: what a verifier must expect for a given initial memory, computed from the same steps that
+//! populate it.
 
+pub mod cca;
 pub mod launch;
 pub mod ovmf;
 pub mod sev;
 pub mod snp;
+pub mod tdx;
 pub mod vmsa;
 
 #[cfg(test)]
 mod tests;
-//! Launch measurements, computed from the same steps that populate memory.
-
-pub mod tdx;

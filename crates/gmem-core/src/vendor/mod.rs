@@ -22,6 +22,8 @@
 //!
 //! A refused verb or command changes nothing.
 
+pub mod cca;
+pub mod pkvm;
 pub mod sev;
 pub mod snp;
 pub mod tdx;
@@ -154,6 +156,8 @@ pub enum ExitReason {
     PendingTd,
     /// CCA: synchronous exit to the host; only the realm itself can make the page usable again.
     RealmAbort,
+    /// CCA: the realm asks the host to change the RIPAS of a range.
+    RipasChange,
     /// pKVM: the page was taken by force; the vCPU cannot be resumed.
     Poisoned,
 }
@@ -167,6 +171,8 @@ pub enum GuestException {
     VirtualizationException,
     /// CCA synchronous external abort, injected into the realm.
     ExternalAbort,
+    /// CCA, pKVM: the call with which the guest asked for a change returns an error.
+    CallRefused,
 }
 
 /// How a host access to the page ended.
