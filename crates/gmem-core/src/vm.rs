@@ -33,6 +33,8 @@ pub struct Rules {
     pub direct_map_flush: DirectMapFlush,
     /// Memory slots per address space.
     pub max_slots: u16,
+    /// End of the addresses that a process may name (`TASK_SIZE_MAX`), which depends on the paging levels of the host.
+    pub user_end: u64,
 }
 
 /// Who knows whether a page is private.
@@ -72,6 +74,7 @@ impl Default for Rules {
             files_without_private_memory: true,
             direct_map_flush: DirectMapFlush::Flush,
             max_slots: 32_764,
+            user_end: (1 << 47) - crate::addr::PAGE_SIZE,
         }
     }
 }

@@ -94,8 +94,21 @@ impl Backing {
     /// # Safety
     /// `[address, address + len)` must be address space that the caller owns and that holds nothing Rust code refers to.
     pub unsafe fn map_at(&self, address: usize, len: usize, offset: u64) -> Result<(), Errno> {
-        let flags = MapFlags::SHARED | MapFlags::FIXED;
         let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: of the caller.
+        unsafe { self.map_protected_at(address, len, offset, prot.bits()) }
+    }
+
+    /// The same with the protection given (`PROT_*`).
+    ///
+    /// # Errors
+    /// As [`Backing::map_at`].
+    ///
+    /// # Safety
+    /// As [`Backing::map_at`].
+    pub unsafe fn map_protected_at(&self, address: usize, len: usize, offset: u64, prot: u32) -> Result<(), Errno> {
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        let prot = ProtFlags::from_bits_retain(prot);
         // SAFETY: the caller owns the target range.
         unsafe { rustix::mm::mmap(pointer(address), len, prot, flags, &self.fd, offset) }.map(|_| ())
     }

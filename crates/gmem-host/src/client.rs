@@ -44,19 +44,20 @@ impl ClientMemory {
     pub fn make_shareable(&mut self, start: usize, len: usize) -> Result<(), Errno> {
         for area in maps::areas(start, start.saturating_add(len))? {
             if area.sharing == Sharing::Private || is_hugetlb(&area) {
-                self.move_to_memfd(area.start, area.end)?;
+                self.move_to_memfd(&area)?;
             }
         }
         Ok(())
     }
 
-    fn move_to_memfd(&mut self, start: usize, end: usize) -> Result<(), Errno> {
+    fn move_to_memfd(&mut self, area: &Area) -> Result<(), Errno> {
+        let (start, end) = (area.start, area.end);
         let len = end - start;
         let backing = Backing::new(len as u64)?;
         copy_present(start, len, &backing)?;
         // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
         unsafe {
-            backing.map_at(start, len, 0)?;
+            backing.map_protected_at(start, len, 0, area.prot)?;
             backing::prefer_huge_pages(start, len);
         }
         self.forget(start, end);

@@ -16,6 +16,7 @@ const CREATE_VM: u32 = 0xae01;
 const CHECK_EXTENSION: u32 = 0xae03;
 const GET_VCPU_MMAP_SIZE: u32 = 0xae04;
 const CREATE_VCPU: u32 = 0xae41;
+const ENABLE_CAP: u32 = 0x4068_aea3;
 const RUN: u32 = 0xae80;
 const SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
 const PRE_FAULT_MEMORY: u32 = 0xc040_aed5;
@@ -39,8 +40,16 @@ pub struct Region {
 /// `KVM_CHECK_EXTENSION` on the system or a VM; 0 for what the kernel does not know.
 #[must_use]
 pub fn check_extension(fd: BorrowedFd<'_>, capability: u32) -> i32 {
+    try_check_extension(fd, capability).unwrap_or(0)
+}
+
+/// The same on a descriptor that may be none of KVM's.
+///
+/// # Errors
+/// ENOTTY and what else other descriptors answer.
+pub fn try_check_extension(fd: BorrowedFd<'_>, capability: u32) -> Result<i32, Errno> {
     // SAFETY: the argument is a number.
-    unsafe { sys::ioctl(fd, CHECK_EXTENSION, capability as usize) }.unwrap_or(0)
+    unsafe { sys::ioctl(fd, CHECK_EXTENSION, capability as usize) }
 }
 
 /// `KVM_CREATE_VM`. The descriptor has the number that the client would get.
@@ -72,6 +81,36 @@ pub fn create_vcpu(vm: BorrowedFd<'_>, id: usize) -> Result<OwnedFd, Errno> {
 pub fn set_region(vm: BorrowedFd<'_>, region: &Region) -> Result<(), Errno> {
     // SAFETY: the kernel only reads the structure, which lives until the call returns.
     unsafe { sys::ioctl(vm, SET_USER_MEMORY_REGION, (&raw const *region).addr()) }.map(|_| ())
+}
+
+/// `struct kvm_enable_cap`
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct EnableCap {
+    cap: u32,
+    flags: u32,
+    args: [u64; 4],
+    pad: [u8; 64],
+}
+
+/// `KVM_X86_QUIRK_SLOT_ZAP_ALL`: deleting a slot throws the whole stage-2 away.
+const SLOT_ZAP_ALL: u64 = 1 << 7;
+
+/// Disables `quirks` of a VM by `KVM_CAP_DISABLE_QUIRKS2`, and with them, where the host has it, the quirk that protected
+/// types do not have: after it has struck, a prefault spins until the vCPU has run (seen on 6.12).
+///
+/// # Errors
+/// The kernel's.
+pub fn disable_quirks(vm: BorrowedFd<'_>, quirks: u64) -> Result<(), Errno> {
+    const DISABLE_QUIRKS2: u32 = 213;
+    let known = u64::try_from(check_extension(vm, DISABLE_QUIRKS2)).unwrap_or(0);
+    let quirks = quirks | (known & SLOT_ZAP_ALL);
+    if quirks == 0 {
+        return Ok(());
+    }
+    let claim = EnableCap { cap: DISABLE_QUIRKS2, flags: 0, args: [quirks, 0, 0, 0], pad: [0; 64] };
+    // SAFETY: the kernel only reads the structure, which lives until the call returns.
+    unsafe { sys::ioctl(vm, ENABLE_CAP, (&raw const claim).addr()) }.map(|_| ())
 }
 
 /// `KVM_RUN`.

@@ -23,6 +23,16 @@ pub struct Area {
     pub end: usize,
     /// Shared or private.
     pub sharing: Sharing,
+    /// `PROT_READ`, `PROT_WRITE` and `PROT_EXEC`, as the kernel numbers them.
+    pub prot: u32,
+}
+
+impl Area {
+    /// Whether a read, or a write, of the area can succeed.
+    #[must_use]
+    pub fn allows(&self, write: bool) -> bool {
+        self.prot & if write { 2 } else { 1 } != 0
+    }
 }
 
 /// The mapped areas that overlap `[start, end)`, in ascending order, cut to it.
@@ -35,6 +45,25 @@ pub fn areas(start: usize, end: usize) -> Result<Vec<Area>, Errno> {
     let areas =
         lines.filter_map(parse).map(|area| Area { start: area.start.max(start), end: area.end.min(end), ..area });
     Ok(areas.filter(|area| area.start < area.end).collect())
+}
+
+/// End of the addresses that a process may name (`TASK_SIZE_MAX`): with five paging levels it lies higher.
+#[must_use]
+pub fn user_address_end() -> u64 {
+    use rustix::mm::{MapFlags, ProtFlags};
+    const FOUR_LEVELS: u64 = 1 << 47;
+    const FIVE_LEVELS: u64 = 1 << 56;
+    const PAGE: u64 = 4096;
+    let beyond = core::ptr::without_provenance_mut(usize::try_from(FOUR_LEVELS).unwrap_or(0));
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE | MapFlags::NORESERVE;
+    // SAFETY: nothing that is mapped is replaced, and the page is given back at once.
+    let there = unsafe { rustix::mm::mmap_anonymous(beyond, 4096, ProtFlags::empty(), flags) };
+    if let Ok(page) = there {
+        // SAFETY: mapped a moment ago; nothing refers to it.
+        let _ = unsafe { rustix::mm::munmap(page, 4096) };
+    }
+    let five = there.is_ok() || there == Err(Errno::EXIST);
+    if five { FIVE_LEVELS - PAGE } else { FOUR_LEVELS - PAGE }
 }
 
 /// The whole mapped area that holds `address`.
@@ -53,6 +82,12 @@ fn parse(line: &str) -> Option<Area> {
     Some(Area {
         start: usize::from_str_radix(start, 16).ok()?,
         end: usize::from_str_radix(end, 16).ok()?,
+        prot: permissions
+            .chars()
+            .zip([('r', 1), ('w', 2), ('x', 4)])
+            .filter(|(c, (is, _))| c == is)
+            .map(|(_, (_, bit))| bit)
+            .sum(),
         sharing: if permissions.ends_with('s') { Sharing::Shared } else { Sharing::Private },
     })
 }
@@ -76,7 +111,8 @@ mod tests {
     #[test]
     fn lines_of_the_kernel_are_understood() {
         let area = parse("7f00-7f10 rw-s 00000000 00:01 1044 /memfd:x (deleted)").unwrap();
-        assert_eq!((area.start, area.end, area.sharing), (0x7f00, 0x7f10, Sharing::Shared));
+        assert_eq!((area.start, area.end, area.sharing, area.prot), (0x7f00, 0x7f10, Sharing::Shared, 3));
+        assert_eq!(parse("7f00-7f10 ---p 0 00:00 0").unwrap().prot, 0);
         assert_eq!(parse("7f00-7f10 ---p 0 00:00 0").unwrap().sharing, Sharing::Private);
         assert_eq!(parse(""), None);
     }

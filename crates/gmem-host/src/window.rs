@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::backing::{self, Backing};
+use crate::maps::{self, Area};
 
 /// What a window shows for a run of frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,6 +49,8 @@ pub struct Window {
     len: usize,
     gfns: GfnRange,
     shown: RunMap<Shows>,
+    /// How the client has its memory for the slot mapped: a run of it may not be one mapping.
+    client: Vec<Area>,
 }
 
 const HUGE_1G: usize = 1 << 30;
@@ -73,7 +76,7 @@ impl Window {
         trim(base + len, start + room);
         let mut shown = RunMap::new();
         shown.insert(gfns.start().0, gfns.len(), Shows::Nothing);
-        Ok(Self { base, len, gfns, shown })
+        Ok(Self { base, len, gfns, shown, client: Vec::new() })
     }
 
     /// Address of the first frame.
@@ -97,6 +100,22 @@ impl Window {
         }
         (self.gfns, self.shown) = (gfns, shown);
         Ok(())
+    }
+
+    /// Learns how the client's `len` bytes at `start` are mapped, which is where [`Shows::Client`] of this window points to.
+    ///
+    /// # Errors
+    /// Those of reading `/proc/self/maps`.
+    pub fn learn_client(&mut self, start: usize, len: usize) -> Result<(), Errno> {
+        self.client = maps::areas(start, start.saturating_add(len))?;
+        Ok(())
+    }
+
+    /// Whether the client's memory at `address` can be read, or written.
+    #[must_use]
+    pub fn client_allows(&self, address: usize, write: bool) -> bool {
+        let area = self.client.iter().find(|area| area.start <= address && address < area.end);
+        area.is_some_and(|area| area.allows(write))
     }
 
     /// Where a frame of the window lies, and what is shown there.
@@ -134,7 +153,7 @@ impl Window {
         let address = self.address_of(range.start());
         let len = usize::try_from(range.len() << PAGE_SHIFT).map_err(|_| Errno::NOMEM)?;
         // SAFETY: the range lies in the window (invariant of the type).
-        unsafe { map(address, len, shows, backings) }?;
+        unsafe { map(address, len, shows, backings, &self.client) }?;
         self.shown.insert(range.start().0, range.len(), shows);
         Ok(())
     }
@@ -148,12 +167,12 @@ impl Window {
 
 /// # Safety
 /// `[address, address + len)` must lie in a window.
-unsafe fn map(address: usize, len: usize, shows: Shows, backings: &Backings) -> Result<(), Errno> {
+unsafe fn map(address: usize, len: usize, shows: Shows, backings: &Backings, client: &[Area]) -> Result<(), Errno> {
     // SAFETY: all three replace a part of a window, which the caller owns.
     unsafe {
         match shows {
             Shows::Nothing => backing::map_nothing_at(address, len),
-            Shows::Client(from) => alias_or_nothing(from, address, len),
+            Shows::Client(from) => alias(from, address, len, client),
             Shows::Backing(number, offset) => {
                 let backing = backings.get(&number).ok_or(Errno::BADF)?;
                 backing.map_at(address, len, offset)?;
@@ -166,31 +185,37 @@ unsafe fn map(address: usize, len: usize, shows: Shows, backings: &Backings) -> 
     }
 }
 
-/// Aliases the client's memory piece by piece; holes in it become holes of the window, as KVM would find them.
+/// Aliases the client's memory, mapping by mapping; holes in it become holes of the window, as KVM would find them.
 ///
 /// # Safety
 /// `[to, to + len)` must lie in a window.
-unsafe fn alias_or_nothing(from: usize, to: usize, len: usize) -> Result<(), Errno> {
-    // SAFETY: of the caller.
-    match unsafe { backing::alias_at(from, to, len) } {
-        Ok(()) => return Ok(()),
-        Err(Errno::NOMEM) => return Err(Errno::NOMEM),
-        Err(_) => {}
-    }
-    // SAFETY: of the caller.
-    unsafe { backing::map_nothing_at(to, len) }?;
-    for area in crate::maps::areas(from, from.saturating_add(len))? {
-        let offset = area.start - from;
-        // A device mapping cannot be duplicated; it stays out of the guest's reach.
-        // SAFETY: the piece lies in the part of the window that the caller named.
-        match unsafe { backing::alias_at(area.start, to + offset, area.end - area.start) } {
-            Err(Errno::NOMEM) => return Err(Errno::NOMEM),
-            // SAFETY: as above; a failed duplication may have unmapped its target.
-            Err(_) => unsafe { backing::map_nothing_at(to + offset, area.end - area.start) }?,
-            Ok(()) => {}
+unsafe fn alias(from: usize, to: usize, len: usize, client: &[Area]) -> Result<(), Errno> {
+    let end = from.saturating_add(len);
+    let pieces = client.iter().map(|area| (area.start.max(from), area.end.min(end))).filter(|(start, end)| start < end);
+    let mut next = from;
+    for (start, end) in pieces {
+        // SAFETY: both lie in the part of the window that the caller named.
+        unsafe {
+            nothing_between(next, start, to.wrapping_sub(from))?;
+            match backing::alias_at(start, start.wrapping_add(to.wrapping_sub(from)), end - start) {
+                Err(Errno::NOMEM) => return Err(Errno::NOMEM),
+                // A device mapping cannot be duplicated; it stays out of the guest's reach. The failed call may have
+                // unmapped its target.
+                Err(_) => backing::map_nothing_at(start.wrapping_add(to.wrapping_sub(from)), end - start)?,
+                Ok(()) => {}
+            }
         }
+        next = end;
     }
-    Ok(())
+    // SAFETY: as above.
+    unsafe { nothing_between(next, end, to.wrapping_sub(from)) }
+}
+
+/// # Safety
+/// `[start + offset, end + offset)` must lie in a window.
+unsafe fn nothing_between(start: usize, end: usize, offset: usize) -> Result<(), Errno> {
+    // SAFETY: of the caller.
+    if start < end { unsafe { backing::map_nothing_at(start.wrapping_add(offset), end - start) } } else { Ok(()) }
 }
 
 fn trim(start: usize, end: usize) {

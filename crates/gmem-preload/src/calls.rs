@@ -96,6 +96,9 @@ export! {
     }
 
     fn fcntl64(fd: c_int, command: c_int, arg: usize) -> c_int {
+        if matches!(command, libc::F_ADD_SEALS | libc::F_GET_SEALS) && is_file(fd) {
+            return file_call_int(fd, FileCall::Seals, || -1);
+        }
         let result = real::fcntl64(fd, command, arg);
         match command {
             libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => duplicated(fd, result),
@@ -219,7 +222,7 @@ export! {
     }
 
     fn lseek64(fd: c_int, offset: off_t, whence: c_int) -> off_t {
-        file_call(fd, FileCall::Seek, || real::lseek64(fd, offset, whence))
+        file_call(fd, FileCall::Seek(whence), || real::lseek64(fd, offset, whence))
     }
 
     fn ftruncate(fd: c_int, len: off_t) -> c_int {
@@ -268,7 +271,9 @@ export! {
     }
 
     fn copy_file_range(from: c_int, from_offset: *mut c_void, to: c_int, to_offset: *mut c_void, len: size_t, flags: c_uint) -> ssize_t {
-        copy_between(from, to, || real::copy_file_range(from, from_offset, to, to_offset, len, flags))
+        let (fd, other) = if is_file(from) { (from, to) } else { (to, from) };
+        let call = FileCall::CopyRange { other, same_kind: is_file(other) };
+        answer_size(fd, call, || real::copy_file_range(from, from_offset, to, to_offset, len, flags))
     }
 
     fn fstat(fd: c_int, stat: *mut libc::stat) -> c_int {
@@ -309,7 +314,7 @@ export! {
     }
 
     fn open64(path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
-        if reopens(path) { refuse() } else { real::open64(path, flags, mode) }
+        if names_file(path) { refuse() } else { real::open64(path, flags, mode) }
     }
 
     fn openat(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
@@ -317,7 +322,15 @@ export! {
     }
 
     fn openat64(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
-        if reopens(path) { refuse() } else { real::openat64(dir, path, flags, mode) }
+        if names_file(path) { refuse() } else { real::openat64(dir, path, flags, mode) }
+    }
+
+    fn readlink(path: *const c_char, buffer: *mut c_char, size: size_t) -> ssize_t {
+        if names_file(path) { give_name(buffer, size) } else { real::readlink(path, buffer, size) }
+    }
+
+    fn readlinkat(dir: c_int, path: *const c_char, buffer: *mut c_char, size: size_t) -> ssize_t {
+        if names_file(path) { give_name(buffer, size) } else { real::readlinkat(dir, path, buffer, size) }
     }
 
     fn prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong) -> c_int {
@@ -381,7 +394,7 @@ fn at(offset: off_t) -> FileCall {
 
 fn copy_between(from: c_int, to: c_int, real: impl FnOnce() -> ssize_t) -> ssize_t {
     let fd = if is_file(from) { from } else { to };
-    answer_size(fd, FileCall::Copy, real)
+    answer_size(fd, FileCall::Splice, real)
 }
 
 fn duplicated(fd: c_int, copy: c_int) -> c_int {
@@ -411,7 +424,7 @@ unsafe fn patch(fd: c_int, stat: *mut libc::stat, result: c_int) -> c_int {
 ///
 /// # Safety
 /// As the path of `open`.
-unsafe fn reopens(path: *const c_char) -> bool {
+unsafe fn names_file(path: *const c_char) -> bool {
     if path.is_null() || process().is_none() {
         return false;
     }
@@ -419,6 +432,22 @@ unsafe fn reopens(path: *const c_char) -> bool {
     let path = unsafe { CStr::from_ptr(path) };
     let number = path.to_str().ok().and_then(|path| path.strip_prefix("/proc/self/fd/"));
     number.and_then(|number| number.parse().ok()).is_some_and(is_file)
+}
+
+/// What /proc/self/fd says of a guest_memfd; like readlink, cut and without a terminator.
+///
+/// # Safety
+/// As the buffer of `readlink`.
+unsafe fn give_name(buffer: *mut c_char, size: size_t) -> ssize_t {
+    let name = process().map_or("", gmem_uapi::Process::file_name).as_bytes();
+    let len = name.len().min(size);
+    match gmem_host::sys::copy_to_client(buffer.addr(), name.get(..len).unwrap_or_default()) {
+        Ok(()) => len as ssize_t,
+        Err(error) => {
+            crate::set_errno(error);
+            -1
+        }
+    }
 }
 
 fn refuse() -> c_int {

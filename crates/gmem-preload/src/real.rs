@@ -82,6 +82,8 @@ real! {
     statx(dir: c_int, path: *const c_char, flags: c_int, mask: c_uint, stat: *mut libc::statx) -> c_int;
     open64(path: *const c_char, flags: c_int, mode: mode_t) -> c_int;
     openat64(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int;
+    readlink(path: *const c_char, buffer: *mut c_char, size: size_t) -> ssize_t;
+    readlinkat(dir: c_int, path: *const c_char, buffer: *mut c_char, size: size_t) -> ssize_t;
     prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong) -> c_int;
     syscall(number: c_long, a: usize, b: usize, c: usize, d: usize, e: usize, f: usize) -> c_long;
 }

@@ -16,6 +16,14 @@ pub const GET_VCPU_MMAP_SIZE: u32 = 0xae04;
 pub const CREATE_VCPU: u32 = 0xae41;
 /// `KVM_RUN`
 pub const RUN: u32 = 0xae80;
+/// `KVM_ENABLE_CAP`
+pub const ENABLE_CAP: u32 = 0x4068_aea3;
+/// `KVM_SET_REGS`
+pub const SET_REGS: u32 = 0x4090_ae82;
+/// `KVM_SET_SREGS`
+pub const SET_SREGS: u32 = 0x4138_ae84;
+/// `KVM_SET_SREGS2`
+pub const SET_SREGS2: u32 = 0x4140_aecd;
 /// `KVM_SET_USER_MEMORY_REGION`
 pub const SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
 /// `KVM_SET_USER_MEMORY_REGION2`
@@ -35,6 +43,10 @@ pub fn is_kvm(request: u32) -> bool {
 
 /// Capabilities that gmem answers itself.
 pub mod cap {
+    /// `KVM_CAP_DISABLE_QUIRKS`
+    pub const DISABLE_QUIRKS: u32 = 116;
+    /// `KVM_CAP_DISABLE_QUIRKS2`
+    pub const DISABLE_QUIRKS2: u32 = 213;
     /// `KVM_CAP_MULTI_ADDRESS_SPACE`
     pub const MULTI_ADDRESS_SPACE: u32 = 118;
     /// `KVM_CAP_USER_MEMORY2`
@@ -128,6 +140,20 @@ pub struct PreFaultMemory {
     pub padding: [u64; 5],
 }
 
+/// `struct kvm_enable_cap`
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub struct EnableCap {
+    /// Number.
+    pub cap: u32,
+    /// Must be 0.
+    pub flags: u32,
+    /// Of the capability.
+    pub args: [u64; 4],
+    /// Not looked at.
+    pub pad: [u8; 64],
+}
+
 /// Copies a structure that a client points to.
 ///
 /// # Errors
@@ -156,6 +182,7 @@ mod tests {
         fn size_in(request: u32) -> usize {
             (request >> 16 & 0x3fff) as usize
         }
+        assert_eq!(size_of::<EnableCap>(), size_in(ENABLE_CAP));
         assert_eq!(size_of::<MemoryRegion>(), size_in(SET_USER_MEMORY_REGION));
         assert_eq!(size_of::<MemoryRegion2>(), size_in(SET_USER_MEMORY_REGION2));
         assert_eq!(size_of::<MemoryAttributes>(), size_in(SET_MEMORY_ATTRIBUTES));

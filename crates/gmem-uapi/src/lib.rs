@@ -8,6 +8,7 @@
 pub mod abi;
 mod capability;
 mod errno;
+mod guard;
 mod memfd;
 pub mod native;
 mod process;

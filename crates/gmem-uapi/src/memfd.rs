@@ -34,8 +34,8 @@ pub enum FileCall {
     ReadWrite,
     /// pread, pwrite and their vector forms.
     ReadWriteAt,
-    /// lseek.
-    Seek,
+    /// lseek, with its last argument.
+    Seek(i32),
     /// ftruncate, fchmod, fchown, futimens: changes of the inode.
     ChangeInode,
     /// fsync, fdatasync.
@@ -49,10 +49,21 @@ pub enum FileCall {
         /// Bytes.
         len: i64,
     },
-    /// sendfile, splice, copy_file_range with the file on either end.
-    Copy,
+    /// sendfile or splice with the file on either end.
+    Splice,
+    /// copy_file_range with the file on either end; the other one is this descriptor.
+    CopyRange {
+        /// The other descriptor.
+        other: i32,
+        /// Whether that is a guest_memfd too.
+        same_kind: bool,
+    },
+    /// fcntl with F_ADD_SEALS or F_GET_SEALS.
+    Seals,
 }
 
+/// The last `SEEK_*` that the kernel knows, SEEK_HOLE.
+const SEEK_MAX: i32 = 4;
 const KEEP_SIZE: i32 = 1;
 const PUNCH_HOLE: i32 = 2;
 /// Modes that the VFS knows and lets through to a file system.
@@ -63,8 +74,15 @@ impl FileObject {
     pub(crate) fn call(&self, call: FileCall) -> Result<i64, Errno> {
         match call {
             // The file has neither read nor write, cannot be resized or synced, and has no position.
-            FileCall::ReadWrite | FileCall::ChangeInode | FileCall::Sync | FileCall::Copy => Err(Errno::INVAL),
-            FileCall::ReadWriteAt | FileCall::Seek => Err(Errno::SPIPE),
+            FileCall::ReadWrite | FileCall::ChangeInode | FileCall::Sync | FileCall::Splice | FileCall::Seals => {
+                Err(Errno::INVAL)
+            }
+            FileCall::Seek(whence) if !(0..=SEEK_MAX).contains(&whence) => Err(Errno::INVAL),
+            FileCall::ReadWriteAt | FileCall::Seek(_) => Err(Errno::SPIPE),
+            FileCall::CopyRange { other, .. } if !gmem_host::kvm::is_open(other) => Err(Errno::BADF),
+            FileCall::CopyRange { same_kind: true, .. } => Err(Errno::INVAL),
+            // Another file system.
+            FileCall::CopyRange { same_kind: false, .. } => Err(Errno::XDEV),
             FileCall::Fallocate { mode, offset, len } => self.fallocate(mode, offset, len).map(|()| 0),
         }
     }

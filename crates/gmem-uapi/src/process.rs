@@ -13,7 +13,7 @@ use gmem_host::{fds, kvm};
 use rustix::fd::AsFd;
 use rustix::io::Errno;
 
-use crate::abi::{self, CreateGuestMemfd, MemoryAttributes, MemoryRegion, MemoryRegion2};
+use crate::abi::{self, CreateGuestMemfd, EnableCap, MemoryAttributes, MemoryRegion, MemoryRegion2, cap};
 use crate::capability;
 use crate::memfd::{FileCall, FileObject, Map};
 use crate::native::Native;
@@ -158,6 +158,11 @@ impl Process {
                 let answer = capability::of_system(self.config.profile, self.vm_types(), capability);
                 answer.map_or(Answer::Pass, |value| Answer::Done(Ok(value)))
             }
+            // A VM that is left to the host: it, too, says which types there are.
+            (Ok(false), abi::CHECK_EXTENSION) if arg == cap::VM_TYPES as usize => {
+                let native = kvm::with_client_fd(fd, |fd| kvm::try_check_extension(fd, cap::VM_TYPES));
+                native.map_or(Answer::Pass, |_| Answer::Done(Ok(i32::try_from(self.vm_types()).unwrap_or(i32::MAX))))
+            }
             _ => Answer::Pass,
         }
     }
@@ -198,6 +203,7 @@ impl Process {
                 let answer = capability::of_vm(vm.profile, &vm.read().core, self.vm_types(), capability);
                 answer.map_or(Answer::Pass, |value| Answer::Done(Ok(value)))
             }
+            abi::ENABLE_CAP => enable_cap(vm, arg),
             abi::CREATE_VCPU => Answer::Done(self.create_vcpu(vm, arg)),
             abi::CREATE_GUEST_MEMFD => Answer::Done(self.create_file(vm, arg)),
             abi::SET_USER_MEMORY_REGION => Answer::Done(set_region_v1(vm, arg)),
@@ -208,6 +214,7 @@ impl Process {
     }
 
     fn create_vcpu(&self, vm: &Arc<VmObject>, id: usize) -> Result<i32, Errno> {
+        vm.expect_vcpu();
         let fd = kvm::create_vcpu(vm.fd(), id)?;
         let kvm = crate::native::open()?;
         let vcpu = VcpuObject::new(kvm.as_fd(), fd.as_fd(), Arc::clone(vm), self.native.prefault)?;
@@ -247,6 +254,12 @@ impl Process {
     #[must_use]
     pub fn file_size(&self, fd: i32) -> Option<u64> {
         self.file(fd).map(|file| file.size)
+    }
+
+    /// What `/proc/self/fd` says of a guest_memfd.
+    #[must_use]
+    pub fn file_name(&self) -> &'static str {
+        self.config.profile.file_name
     }
 
     /// A system call on a descriptor that may be a guest_memfd.
@@ -366,9 +379,24 @@ fn cut(mappings: &mut Mappings, start: usize, end: usize) -> Vec<Arc<FileObject>
 
 fn vcpu_ioctl(vcpu: &VcpuObject, request: u32, arg: usize) -> Answer<i32> {
     match request {
+        // New registers mean that the access is not wanted any more.
+        abi::SET_REGS | abi::SET_SREGS | abi::SET_SREGS2 => {
+            vcpu.forget_pending();
+            Answer::Pass
+        }
         abi::PRE_FAULT_MEMORY => Answer::Done(vcpu.vm().check_owner().and_then(|()| vcpu.pre_fault(arg))),
         _ => Answer::Pass,
     }
+}
+
+/// A client that disables quirks sets the whole mask; the one that gmem disables stays among them.
+fn enable_cap(vm: &VmObject, arg: usize) -> Answer<i32> {
+    let Ok(claim) = abi::read::<EnableCap>(arg) else { return Answer::Pass };
+    let quirks = claim.cap == cap::DISABLE_QUIRKS || claim.cap == cap::DISABLE_QUIRKS2;
+    if claim.flags != 0 || !quirks || !vm.read().core.has_private_memory() {
+        return Answer::Pass;
+    }
+    Answer::Done(kvm::disable_quirks(vm.fd(), claim.args[0]).map(|()| 0))
 }
 
 fn region_claim(region: &MemoryRegion, file: FileClaim, guest_memfd_offset: u64) -> Claim {

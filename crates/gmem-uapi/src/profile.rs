@@ -15,6 +15,8 @@ pub struct Profile {
     pub about: &'static str,
     /// The oldest release, as (major, minor), that behaves like this.
     pub since: (u32, u32),
+    /// What `/proc/self/fd` says of a guest_memfd.
+    pub file_name: &'static str,
     /// Flags of `KVM_CREATE_GUEST_MEMFD`.
     pub file_flags: FileFlags,
     /// Whether `KVM_CAP_GUEST_MEMFD_FLAGS` exists.
@@ -37,6 +39,7 @@ const RULES: Rules = Rules {
     files_without_private_memory: true,
     direct_map_flush: DirectMapFlush::Flush,
     max_slots: 32_764,
+    user_end: (1 << 47) - 4096,
 };
 
 /// All profiles, oldest first.
@@ -45,6 +48,7 @@ pub static PROFILES: [Profile; 3] = [
         name: "linux-6.12",
         about: "Linux 6.12 with its stable fixes, as in Debian 13",
         since: (0, 0),
+        file_name: "anon_inode:[kvm-gmem]",
         file_flags: FileFlags::empty(),
         reports_file_flags: false,
         pages_bound: Errno::INVAL,
@@ -62,6 +66,7 @@ pub static PROFILES: [Profile; 3] = [
         name: "linux-6.18",
         about: "Linux 6.18: mappable files, files on every VM",
         since: (6, 18),
+        file_name: "anon_inode:[kvm-gmem]",
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::INVAL,
@@ -73,6 +78,7 @@ pub static PROFILES: [Profile; 3] = [
         name: "linux-7.3",
         about: "Linux 7.2 and 7.3: as 6.18, with EEXIST for file pages that are bound already",
         since: (7, 0),
+        file_name: "/[kvm-gmem] (deleted)",
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::EXIST,

@@ -67,9 +67,9 @@ impl VcpuObject {
     /// `KVM_RUN`.
     pub(crate) fn run(&self) -> Result<i32, Errno> {
         if self.has_pending.load(Ordering::Relaxed)
-            && let Some(access) = self.carry_out_pending()
+            && let Some(result) = self.continue_pending()
         {
-            return self.report(access);
+            return result;
         }
         let mut retries = 0;
         loop {
@@ -101,12 +101,9 @@ impl VcpuObject {
 
     /// A host that emulates cannot fetch an instruction that nothing backs. Any other failure is the client's.
     fn after_failed_emulation(&self, value: i32) -> Next {
-        let mut forbidden = |gfn, _| self.is_unreachable(gfn);
+        let mut forbidden = |gfn, kind| self.is_unreachable(gfn, kind);
         match vcpu::locate_failed_emulation(self.fd.as_fd(), self, &mut forbidden) {
-            Ok(Some(access)) => match self.fault(Gfn::of_gpa(access.gpa)) {
-                Some(errno) => Next::Return(Err(errno)),
-                None => Next::RunOn,
-            },
+            Ok(Some(access)) => self.end_access(access),
             Ok(None) | Err(_) => Next::Return(Ok(value)),
         }
     }
@@ -123,8 +120,8 @@ impl VcpuObject {
         let taken = if mmio.is_write { self.take_write() } else { self.take_read() };
         match taken {
             Err(error) => Next::Return(Err(error)),
-            Ok(()) => match self.carry_out_pending() {
-                Some(access) => Next::Return(self.report(access)),
+            Ok(()) => match self.continue_pending() {
+                Some(result) => Next::Return(result),
                 None => self.retry_read(mmio),
             },
         }
@@ -146,10 +143,11 @@ impl VcpuObject {
         let read_only = state.core.slots().at(0, gfn).is_some_and(|slot| slot.flags.contains(SlotFlags::READONLY));
         match state.core.view(gfn) {
             View::NoSlot => true,
-            View::UserMemory { .. } => {
-                (read_only && is_write) || matches!(state.window_at(gfn), None | Some((_, Shows::Nothing)))
-            }
-            View::FilePage { .. } | View::Unbacked(_) => false,
+            View::UserMemory { .. } => (read_only && is_write) || !state.client_allows(gfn, is_write),
+            View::FilePage { .. } => false,
+            // An access over a guard faults. This one did not, so KVM was emulating an instruction for another reason, and
+            // its emulator takes every frame without a slot for a device.
+            View::Unbacked(_) => state.is_guarded(gfn),
         }
     }
 
@@ -164,15 +162,31 @@ impl VcpuObject {
         Ok(())
     }
 
-    /// Writes what is pending; returns the frame that still cannot be written.
-    fn carry_out_pending(&self) -> Option<Gfn> {
+    /// Carries out what is pending. `None`: all is written, the guest can run; otherwise what the client gets.
+    fn continue_pending(&self) -> Option<Result<i32, Errno>> {
         let mut pending = lock(&self.pending);
-        let left = pending.as_mut().and_then(|write| write.carry_out(|gpa, bytes| self.write_guest(gpa, bytes)));
-        if left.is_none() {
+        let write = pending.as_mut()?;
+        let left = write.carry_out(|gpa, bytes| self.write_guest(gpa, bytes));
+        let Some(access) = left else {
             *pending = None;
             self.has_pending.store(false, Ordering::Relaxed);
+            return None;
+        };
+        if self.is_device(Gfn::of_gpa(access.gpa), true) {
+            // The frame was converted and is the client's to emulate now: it gets the write, and that piece is done.
+            if let Some(piece) = write.take_first() {
+                self.run_area().set_mmio_write(piece.gpa, piece.data());
+            }
+            return Some(Ok(0));
         }
-        left.map(|access| Gfn::of_gpa(access.gpa))
+        drop(pending);
+        Some(self.report(Gfn::of_gpa(access.gpa)))
+    }
+
+    /// The client gave the vCPU other registers.
+    pub(crate) fn forget_pending(&self) {
+        *lock(&self.pending) = None;
+        self.has_pending.store(false, Ordering::Relaxed);
     }
 
     fn write_guest(&self, gpa: u64, bytes: &[u8]) -> bool {
@@ -188,24 +202,34 @@ impl VcpuObject {
 
     /// The host's KVM could not reach a page and does not say which.
     fn after_fault(&self) -> Next {
-        let mut forbidden = |gfn, _| self.is_unreachable(gfn);
+        let mut forbidden = |gfn, kind| self.is_unreachable(gfn, kind);
         match vcpu::locate(self.fd.as_fd(), self, &mut forbidden) {
-            Ok(Some(access)) => match self.fault(Gfn::of_gpa(access.gpa)) {
-                Some(errno) => Next::Return(Err(errno)),
-                None => Next::RunOn,
-            },
+            Ok(Some(access)) => self.end_access(access),
             Ok(None) => Next::RunOn,
             Err(error) => Next::Return(Err(error)),
         }
     }
 
-    fn is_unreachable(&self, gfn: Gfn) -> bool {
+    fn is_unreachable(&self, gfn: Gfn, kind: vcpu::AccessKind) -> bool {
         let state = self.vm.read();
         match state.core.view(gfn) {
             View::Unbacked(_) => true,
             View::NoSlot | View::FilePage { .. } => false,
-            View::UserMemory { .. } => matches!(state.window_at(gfn), Some((_, Shows::Nothing))),
+            View::UserMemory { .. } => !state.client_allows(gfn, kind == vcpu::AccessKind::Store),
         }
+    }
+
+    /// How `KVM_RUN` goes on after an access to a frame that cannot be reached.
+    fn end_access(&self, access: vcpu::Access) -> Next {
+        let gfn = Gfn::of_gpa(access.gpa);
+        if !self.is_unreachable(gfn, access.kind) {
+            return Next::RunOn;
+        }
+        if matches!(self.vm.read().core.view(gfn), View::UserMemory { .. }) {
+            // The client has no such page: the kernel says nothing more either.
+            return Next::Return(Err(Errno::FAULT));
+        }
+        self.fault(gfn).map_or(Next::RunOn, |errno| Next::Return(Err(errno)))
     }
 
     /// Lets the core decide about a fault on `gfn`. `None`: it can be mapped, the guest runs on.

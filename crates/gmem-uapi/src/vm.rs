@@ -12,7 +12,7 @@ use gmem_core::ops::{
 };
 use gmem_core::slot::{Slot, SlotFlags, SlotId};
 use gmem_core::vendor::Side;
-use gmem_core::vm::View;
+use gmem_core::vm::{Rules, View};
 use gmem_host::backing::Backing;
 use gmem_host::client::ClientMemory;
 use gmem_host::kvm::{self, Region};
@@ -22,6 +22,7 @@ use rustix::io::Errno;
 
 use crate::abi::{self, MemoryAttributes};
 use crate::errno;
+use crate::guard::Guards;
 use crate::profile::Profile;
 
 /// A VM that gmem emulates on an ordinary KVM VM.
@@ -42,6 +43,9 @@ pub(crate) struct VmObject {
 pub(crate) struct State {
     pub(crate) core: Vm,
     mmu: Mmu,
+    guards: Guards,
+    /// Guards are of use once someone can run.
+    has_vcpus: bool,
 }
 
 /// The stage-2 side of the state: what is shown where.
@@ -81,6 +85,16 @@ impl Mmu {
         Ok(())
     }
 
+    /// The client's mappings are not what they were.
+    fn learn_client(&mut self, core: &Vm) -> Result<(), Errno> {
+        for (id, window) in &mut self.windows {
+            let Some(slot) = core.slots().get(*id) else { continue };
+            let len = usize::try_from(slot.gfns.len() * PAGE_SIZE).map_err(|_| Errno::NOMEM)?;
+            window.learn_client(usize::try_from(slot.userspace_addr).map_err(|_| Errno::NOMEM)?, len)?;
+        }
+        Ok(())
+    }
+
     fn free(&mut self, core: &Vm, pages: Pages) -> Result<(), Errno> {
         if core.file(pages.file).is_none() {
             self.backings.remove(&pages.file.0);
@@ -115,6 +129,18 @@ impl State {
         self.mmu.windows.get(&slot.id)?.at(gfn)
     }
 
+    /// Whether the client has memory behind `gfn` that can be read, or written.
+    pub(crate) fn client_allows(&self, gfn: Gfn, write: bool) -> bool {
+        let Some(slot) = self.core.slots().at(0, gfn) else { return false };
+        let Some(window) = self.mmu.windows.get(&slot.id) else { return true };
+        usize::try_from(slot.hva_of(gfn)).is_ok_and(|address| window.client_allows(address, write))
+    }
+
+    /// Whether an access to `gfn` faults although it has no slot.
+    pub(crate) fn is_guarded(&self, gfn: Gfn) -> bool {
+        self.guards.covers(gfn)
+    }
+
     pub(crate) fn backing(&self, file: FileId) -> Option<&Backing> {
         self.mmu.backings.get(&file.0)
     }
@@ -127,13 +153,22 @@ impl VmObject {
         profile: &'static Profile,
         client: Arc<Mutex<ClientMemory>>,
     ) -> Result<Self, Errno> {
+        let rules = Rules { user_end: gmem_host::maps::user_address_end(), ..profile.rules };
         let arch = if vm_type == 0 { Arch::Default } else { Arch::SwProtected };
+        if arch.has_private_memory() {
+            kvm::disable_quirks(fd, 0)?;
+        }
         Ok(Self {
             fd: kvm::hidden_copy(fd)?,
             profile,
             owner: rustix::process::getpid(),
             client,
-            state: RwLock::new(State { core: Vm::new(arch, profile.rules), mmu: Mmu::default() }),
+            state: RwLock::new(State {
+                core: Vm::new(arch, rules),
+                mmu: Mmu::default(),
+                guards: Guards::default(),
+                has_vcpus: false,
+            }),
         })
     }
 
@@ -152,6 +187,22 @@ impl VmObject {
     /// The kernel's first check of every VM and vCPU ioctl.
     pub(crate) fn check_owner(&self) -> Result<(), Errno> {
         if self.owner == rustix::process::getpid() { Ok(()) } else { Err(Errno::IO) }
+    }
+
+    /// A vCPU is about to exist.
+    pub(crate) fn expect_vcpu(&self) {
+        let mut state = self.write();
+        if !std::mem::replace(&mut state.has_vcpus, true)
+            && let Some(all) = GfnRange::new(Gfn(0), Gfn(gmem_core::vm::MAX_FRAMES))
+        {
+            self.update_guards(&mut state, all);
+        }
+    }
+
+    fn update_guards(&self, state: &mut State, range: GfnRange) {
+        if state.has_vcpus && state.core.has_private_memory() {
+            state.guards.update(self.fd(), &state.core, range);
+        }
     }
 
     /// `KVM_CREATE_GUEST_MEMFD` without the descriptor: size and flags checked, backing made.
@@ -178,7 +229,7 @@ impl VmObject {
     /// `fallocate` that allocates.
     pub(crate) fn allocate(&self, id: FileId, offset: u64, len: u64) -> Result<(), Errno> {
         let mut state = self.write();
-        let State { core, mmu } = &mut *state;
+        let State { core, mmu, .. } = &mut *state;
         let file = core.file_mut(id).ok_or(Errno::BADF)?;
         let range = file.check_allocate(offset, len).map_err(errno::allocate)?;
         mmu.backings.get(&id.0).ok_or(Errno::BADF)?.allocate(offset, len)?;
@@ -210,7 +261,10 @@ impl VmObject {
             None => Vec::new(),
         };
         match state.run(&mut SetAttributes::new(range, side)).1 {
-            Ok(()) => Ok(0),
+            Ok(()) => {
+                self.update_guards(&mut state, range);
+                Ok(0)
+            }
             Err(error) => {
                 // Too many mappings (vm.max_map_count): back to what was, which needs no more than there were.
                 for (range, side) in before {
@@ -237,15 +291,26 @@ impl VmObject {
 
     fn create_slot(&self, state: &mut State, claim: Claim, id: SlotId) -> Result<i32, Errno> {
         let userspace_addr = self.prepare_window(state, &claim, id)?;
+        let range = GfnRange::from_bytes(claim.guest_phys_addr, claim.memory_size).map_err(|_| Errno::INVAL)?;
+        let uncovered = self.make_room(state, id, range);
         let (result, shown) = state.run(&mut SetRegion::new(claim));
         let result = result.map_err(|error| errno::region(self.profile, error)).and(shown);
         let real = result.and_then(|()| kvm::set_region(self.fd(), &real_region(&claim, userspace_addr)));
         if let Err(error) = real {
             let _ = state.run(&mut SetRegion::new(Claim { memory_size: 0, ..claim }));
             state.mmu.windows.remove(&id);
+            self.update_guards(state, uncovered);
             return Err(error);
         }
+        self.update_guards(state, uncovered);
         Ok(0)
+    }
+
+    /// Takes guards out of the way of a slot; returns what is to be guarded anew once the slot is there.
+    fn make_room(&self, state: &mut State, id: SlotId, range: GfnRange) -> GfnRange {
+        let named = if id.space == 0 { state.guards.release_number(self.fd(), id.number) } else { None };
+        let cleared = if id.space == 0 { state.guards.clear(self.fd(), range) } else { range };
+        named.map_or(cleared, |named| cleared.hull(named))
     }
 
     /// A window where the slot may ever show anything but the client's memory. Returns the real slot's address.
@@ -259,33 +324,41 @@ impl VmObject {
         if !state.core.has_private_memory() && !file_only {
             return Ok(claim.userspace_addr);
         }
+        let gfns = GfnRange::from_bytes(claim.guest_phys_addr, claim.memory_size).map_err(|_| Errno::INVAL)?;
+        let mut window = Window::reserve(gfns)?;
         if let (false, Ok(start), Ok(len)) =
             (file_only, usize::try_from(claim.userspace_addr), usize::try_from(claim.memory_size))
         {
             lock(&self.client).make_shareable(start, len)?;
+            window.learn_client(start, len)?;
         }
-        let gfns = GfnRange::from_bytes(claim.guest_phys_addr, claim.memory_size).map_err(|_| Errno::INVAL)?;
-        let window = Window::reserve(gfns)?;
         let base = window.base() as u64;
         state.mmu.windows.insert(id, window);
         Ok(base)
     }
 
     fn delete_slot(&self, state: &mut State, claim: Claim, id: SlotId) -> Result<i32, Errno> {
+        let gfns = state.core.slots().get(id).map(|slot| slot.gfns);
         kvm::set_region(self.fd(), &real_region(&claim, 0))?;
         let (result, _) = state.run(&mut SetRegion::new(claim));
         state.mmu.windows.remove(&id);
+        if let Some(gfns) = gfns {
+            self.update_guards(state, gfns);
+        }
         result.map_err(|error| errno::region(self.profile, error)).map(|()| 0)
     }
 
     /// Frames move or flags change; the memory stays where it is.
     fn change_slot(&self, state: &mut State, claim: Claim, old: &Slot) -> Result<i32, Errno> {
         let address = state.mmu.windows.get(&old.id).map_or(claim.userspace_addr, |window| window.base() as u64);
+        let range = GfnRange::from_bytes(claim.guest_phys_addr, claim.memory_size).map_err(|_| Errno::INVAL)?;
+        let uncovered = self.make_room(state, old.id, range).hull(old.gfns);
         kvm::set_region(self.fd(), &real_region(&claim, address))?;
         if let Some(window) = state.mmu.windows.get_mut(&old.id) {
             window.move_to(Gfn::of_gpa(claim.guest_phys_addr))?;
         }
         let (result, shown) = state.run(&mut SetRegion::new(claim));
+        self.update_guards(state, uncovered);
         result.map_err(|error| errno::region(self.profile, error)).and(shown).map(|()| 0)
     }
 
@@ -297,7 +370,8 @@ impl VmObject {
             return Ok(());
         }
         lock(&self.client).make_shareable(start, end - start)?;
-        let State { core, mmu } = &mut *state;
+        let State { core, mmu, .. } = &mut *state;
+        mmu.learn_client(core)?;
         frames.into_iter().try_for_each(|range| mmu.show_views(core, range, Window::replace))
     }
 }
@@ -317,9 +391,10 @@ impl VmObject {
     /// Runs a fault through the core; what it maps is shown.
     pub(crate) fn fault(&self, fault: &mut ops::Fault) -> ops::FaultEnd {
         let mut state = self.write();
-        let State { core, mmu } = &mut *state;
+        let State { core, mmu, .. } = &mut *state;
         ops::run(fault, core, |fault, core, action| match action {
-            Action::GetUserPage { gfn, .. } => fault.user_page(user_page(core, gfn)),
+            // The caller knows that the client has the page; its number means nothing here.
+            Action::GetUserPage { .. } => fault.user_page(Some(gmem_core::addr::Pfn(0))),
             Action::Map(mapping) => {
                 let range = gmem_core::addr::PageRange::with_len(mapping.gfn, mapping.level.pages());
                 if let Some(range) = range {
@@ -340,12 +415,4 @@ impl VmObject {
         let run = state.core.views(slot, range).next().map(|(run, _)| run);
         run.ok_or(Errno::NOENT)
     }
-}
-
-/// A frame number for the client's page behind `gfn`, if it has one; the number itself means nothing here.
-fn user_page(core: &Vm, gfn: Gfn) -> Option<gmem_core::addr::Pfn> {
-    let slot = core.slots().at(0, gfn)?;
-    let address = usize::try_from(slot.hva_of(gfn)).ok()?;
-    let areas = gmem_host::maps::areas(address, address + 1).ok()?;
-    (!areas.is_empty()).then_some(gmem_core::addr::Pfn(0))
 }

@@ -7,8 +7,6 @@ use crate::vm::Vm;
 
 /// Pages that one slot may have (`KVM_MEM_MAX_NR_PAGES`).
 const MAX_PAGES: u64 = (1 << 31) - 1;
-/// End of the addresses that a process may name (x86-64 `TASK_SIZE_MAX` with four paging levels).
-const USER_END: u64 = (1 << 47) - PAGE_SIZE;
 
 /// What a client says in `KVM_SET_USER_MEMORY_REGION2`. All of it is a claim.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -237,7 +235,7 @@ fn check_geometry(vm: &Vm, claim: &Claim, id: SlotId) -> Result<(), RegionError>
     let aligned = |value: u64| value.is_multiple_of(PAGE_SIZE);
     let pages_aligned = [claim.memory_size, claim.guest_phys_addr, claim.userspace_addr].into_iter().all(aligned);
     let user_end = claim.userspace_addr.checked_add(claim.memory_size);
-    let reachable = user_end.is_some_and(|end| end <= USER_END);
+    let reachable = user_end.is_some_and(|end| end <= vm.rules.user_end);
     let file = claim.flags & SlotFlags::GUEST_MEMFD.bits() == 0
         || (aligned(claim.guest_memfd_offset) && claim.guest_memfd_offset.checked_add(claim.memory_size).is_some());
     let fits = claim.guest_phys_addr.checked_add(claim.memory_size).is_some();

@@ -77,6 +77,20 @@ impl RunArea {
         })
     }
 
+    /// Makes the exit `KVM_EXIT_MMIO` for a write of at most 8 bytes.
+    pub fn set_mmio_write(&self, gpa: u64, bytes: &[u8]) {
+        let mut data = [0u8; 8];
+        let len = bytes.len().min(8);
+        if let (Some(to), Some(from)) = (data.get_mut(..len), bytes.get(..len)) {
+            to.copy_from_slice(from);
+        }
+        self.set(offset::EXIT_REASON, KVM_EXIT_MMIO);
+        self.set(offset::MMIO_ADDRESS, gpa);
+        self.set(offset::MMIO_DATA, data);
+        self.set(offset::MMIO_LEN, u32::try_from(len).unwrap_or(8));
+        self.set(offset::MMIO_IS_WRITE, 1u8);
+    }
+
     /// Makes the exit `KVM_EXIT_MEMORY_FAULT`. Sizes and addresses in bytes.
     pub fn set_memory_fault(&self, gpa: u64, size: u64, private: bool) {
         self.set(offset::EXIT_REASON, KVM_EXIT_MEMORY_FAULT);
@@ -265,6 +279,11 @@ impl PendingWrite {
     #[must_use]
     pub fn fragments(&self) -> &[Fragment] {
         &self.fragments
+    }
+
+    /// Takes the first piece that is not written yet out: someone else writes it.
+    pub fn take_first(&mut self) -> Option<Fragment> {
+        (!self.fragments.is_empty()).then(|| self.fragments.remove(0))
     }
 
     /// Carries out what is left: `write` stores one piece, or returns false if its page is still not resolved.
