@@ -74,16 +74,22 @@ fn refuse<T>(code: u8, why: impl Into<String>) -> Result<T> {
     Err(Refused { why: why.into(), code }.into())
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+fn bad_usage(error: anyhow::Error) -> anyhow::Error {
+    Refused { why: format!("{error:#}"), code: BAD_USAGE }.into()
+}
+
+const BAD_USAGE: u8 = 2;
 const CANNOT_EXECUTE: u8 = 126;
 const NOT_FOUND: u8 = 127;
 
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let [program, rest @ ..] = arguments.program.as_slice() else { return refuse(2, "no program given") };
-    let wanted = types::parse_mask(&arguments.types)?;
+    let [program, rest @ ..] = arguments.program.as_slice() else { return refuse(BAD_USAGE, "no program given") };
+    let wanted = types::parse_mask(&arguments.types).map_err(bad_usage)?;
     let path = find(program)?;
     check_program(&path)?;
     let native = native()?;
-    let profile = profile(arguments.profile.as_deref(), &native)?;
+    let profile = profile(arguments.profile.as_deref(), &native).map_err(bad_usage)?;
     let config = Config::for_host(&native, profile, wanted, arguments.emulate);
     if arguments.verbose {
         eprintln!("{}", describe(&native, &config, wanted));

@@ -1,0 +1,243 @@
+//! `gmem run` on clients that are hard on it. Each client is this test program itself, run again under gmem with the name of a
+//! part in the environment; it uses libc only and knows nothing of gmem.
+
+use std::ffi::{c_int, c_ulong};
+use std::process::{Command, Output, Stdio};
+
+const PART: &str = "GMEM_TEST_PART";
+
+fn gmem() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_gmem"))
+}
+
+/// Runs one of the parts below under gmem, or says what is missing.
+fn under_gmem(part: &str) {
+    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+        eprintln!("skipped: /dev/kvm is missing or cannot be opened");
+        return;
+    }
+    let own = std::env::current_exe().unwrap();
+    let output = gmem()
+        .args(["run", "--emulate", "--profile", "linux-7.3", "--"])
+        .arg(own)
+        .args(["--exact", "client", "--nocapture"])
+        .env(PART, part)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{part}: {output:?}");
+}
+
+#[test]
+fn client() {
+    match std::env::var(PART).as_deref() {
+        Ok("descriptor") => parts::descriptor_has_no_content(),
+        Ok("seccomp") => parts::strict_filter(),
+        Ok("closing") => parts::closes_everything(),
+        Ok("fork") => parts::forks(),
+        Ok("pointers") => parts::bad_pointers(),
+        _ => {}
+    }
+}
+
+#[test]
+fn private_bytes_cannot_be_reached_through_the_descriptor() {
+    under_gmem("descriptor");
+}
+
+#[test]
+fn a_strict_seccomp_filter_stays_strict_and_gmem_works_behind_it() {
+    under_gmem("seccomp");
+}
+
+#[test]
+fn children_of_a_client_that_closes_every_descriptor_still_have_gmem() {
+    under_gmem("closing");
+}
+
+#[test]
+fn a_child_of_fork_has_its_own_descriptors_and_not_its_parents_vm() {
+    under_gmem("fork");
+}
+
+#[test]
+fn bad_pointers_are_errors() {
+    under_gmem("pointers");
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn what_cannot_be_run_is_refused_with_a_reason_before_anything_starts() {
+    let run = |arguments: &[&str]| gmem().arg("run").args(arguments).stdin(Stdio::null()).output().unwrap();
+    let missing = run(&["--", "./no-such-program"]);
+    assert_eq!(missing.status.code(), Some(127), "{}", text(&missing));
+    let data = run(&["--", "/etc/passwd"]);
+    assert_eq!(data.status.code(), Some(126), "{}", text(&data));
+    for (arguments, word) in [(["--profile", "linux-1.0"], "linux-6.12"), (["--types", "itanium"], "sw-protected")] {
+        let refused = run(&[arguments[0], arguments[1], "--", "true"]);
+        assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
+        assert!(text(&refused).contains(word), "does not say what there is: {}", text(&refused));
+    }
+}
+
+mod parts {
+    use super::{c_int, c_ulong};
+
+    const KVM_CREATE_VM: c_ulong = 0xae01;
+    const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;
+    const KVM_SET_MEMORY_ATTRIBUTES: c_ulong = 0x4020_aed2;
+    const KVM_CHECK_EXTENSION: c_ulong = 0xae03;
+    const KVM_CAP_VM_TYPES: usize = 235;
+    const SIZE: u64 = 0x20_0000;
+
+    fn errno() -> i32 {
+        std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
+    }
+
+    fn ioctl(fd: c_int, request: c_ulong, arg: usize) -> Result<c_int, i32> {
+        // SAFETY: each argument is a number, or the address of a structure of the request's size, or meant to be bad.
+        let result = unsafe { libc::ioctl(fd, request, arg) };
+        if result < 0 { Err(errno()) } else { Ok(result) }
+    }
+
+    fn open_kvm() -> c_int {
+        // SAFETY: a constant path.
+        let fd = unsafe { libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+        assert!(fd >= 0);
+        fd
+    }
+
+    fn create_file(vm: c_int) -> Result<c_int, i32> {
+        let claim = [SIZE, 0, 0, 0, 0, 0, 0, 0];
+        ioctl(vm, KVM_CREATE_GUEST_MEMFD, claim.as_ptr().addr())
+    }
+
+    fn set_private(vm: c_int) -> Result<c_int, i32> {
+        let claim = [0u64, SIZE, 8, 0];
+        ioctl(vm, KVM_SET_MEMORY_ATTRIBUTES, claim.as_ptr().addr())
+    }
+
+    fn protected_vm() -> c_int {
+        let kvm = open_kvm();
+        let vm = ioctl(kvm, KVM_CREATE_VM, 1).expect("a protected VM");
+        // SAFETY: a descriptor of this function's.
+        unsafe { libc::close(kvm) };
+        vm
+    }
+
+    pub(super) fn descriptor_has_no_content() {
+        let file = create_file(protected_vm()).expect("a file");
+        let mut byte = 0u8;
+        let at = (&raw mut byte).cast();
+        // SAFETY: `byte` is one byte; the descriptor is open.
+        unsafe {
+            assert_eq!((libc::read(file, at, 1), errno()), (-1, libc::EINVAL));
+            assert_eq!((libc::pread(file, at, 1, 0), errno()), (-1, libc::ESPIPE));
+            assert_eq!((libc::write(file, at, 1), errno()), (-1, libc::EINVAL));
+            assert_eq!((libc::lseek(file, 0, libc::SEEK_SET), errno()), (-1, libc::ESPIPE));
+            assert_eq!((libc::ftruncate(file, 0), errno()), (-1, libc::EINVAL));
+            let flags = libc::MAP_SHARED;
+            assert_eq!(libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, flags, file, 0), libc::MAP_FAILED);
+            assert_eq!(errno(), libc::ENODEV);
+            let path = format!("/proc/self/fd/{file}\0");
+            assert_eq!((libc::open(path.as_ptr().cast(), libc::O_RDWR), errno()), (-1, libc::ENXIO));
+            let mut stat: libc::stat = std::mem::zeroed();
+            assert_eq!(libc::fstat(file, &raw mut stat), 0);
+            assert_eq!((stat.st_mode, stat.st_size, stat.st_blocks, stat.st_nlink), (0o100_600, 0x20_0000, 0, 1));
+            assert_eq!(libc::fcntl(file, libc::F_GETFD), 0, "not close-on-exec");
+        }
+    }
+
+    /// Kills the process at every system call but a few, as Firecracker's filters do.
+    pub(super) fn strict_filter() {
+        let vm = protected_vm();
+        let load = |k| libc::sock_filter { code: 0x20, jt: 0, jf: 0, k };
+        let ret = |k| libc::sock_filter { code: 0x06, jt: 0, jf: 0, k };
+        let allow_if = |nr: libc::c_long| libc::sock_filter {
+            code: 0x15,
+            jt: 0,
+            jf: 1,
+            k: u32::try_from(nr).expect("a system call number"),
+        };
+        let calls = [
+            libc::SYS_ioctl,
+            libc::SYS_write,
+            libc::SYS_exit_group,
+            libc::SYS_exit,
+            libc::SYS_futex,
+            libc::SYS_munmap,
+            libc::SYS_mmap,
+            libc::SYS_brk,
+            libc::SYS_madvise,
+            libc::SYS_sigaltstack,
+            libc::SYS_rt_sigprocmask,
+        ];
+        let mut filter = vec![load(0)];
+        for call in calls {
+            filter.extend([allow_if(call), ret(libc::SECCOMP_RET_ALLOW)]);
+        }
+        filter.push(ret(libc::SECCOMP_RET_ERRNO | libc::EXDEV.unsigned_abs()));
+        let len = u16::try_from(filter.len()).expect("a short program");
+        let program = libc::sock_fprog { len, filter: filter.as_mut_ptr() };
+        // SAFETY: the program lives until the call returns.
+        unsafe {
+            assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+            let mode = libc::SECCOMP_MODE_FILTER as c_ulong;
+            assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program), 0);
+            // The filter is as strict as it was for the client, also through libc's entry for any call.
+            assert_eq!((libc::getpgid(0), errno()), (-1, libc::EXDEV));
+            assert_eq!((libc::syscall(libc::SYS_memfd_create, c"x".as_ptr(), 0), errno()), (-1, libc::EXDEV));
+        }
+        // gmem copies structures, makes memfds and maps behind it.
+        set_private(vm).expect("attributes behind the filter");
+        create_file(vm).expect("a file behind the filter");
+    }
+
+    pub(super) fn closes_everything() {
+        // SAFETY: descriptors above the standard ones; Rust has none open that it would miss.
+        unsafe {
+            assert_eq!(libc::syscall(libc::SYS_close_range, 3, c_ulong::from(u32::MAX), 0), 0);
+            for fd in 3..4096 {
+                libc::close(fd);
+            }
+        }
+        let script = "test -e \"${LD_PRELOAD%%:*}\"";
+        let child = std::process::Command::new("/bin/sh").args(["-c", script]).output().expect("a child");
+        assert!(child.status.success(), "{child:?}");
+        assert!(child.stderr.is_empty(), "the dynamic linker complains: {child:?}");
+        assert_ne!(ioctl(open_kvm(), KVM_CHECK_EXTENSION, KVM_CAP_VM_TYPES).expect("an answer") & 2, 0);
+    }
+
+    pub(super) fn forks() {
+        let vm = protected_vm();
+        let file = create_file(vm).expect("a file");
+        // SAFETY: the child makes system calls and exits.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let foreign = set_private(vm) == Err(libc::EIO);
+            // SAFETY: descriptors of the child.
+            unsafe {
+                libc::close(file);
+                libc::close(vm);
+                libc::_exit(if foreign { 0 } else { 1 });
+            }
+        }
+        let mut status = 0;
+        // SAFETY: a child of this process.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert_eq!(status, 0, "the child's VM ioctl must be EIO");
+        set_private(vm).expect("the parent's VM is as it was");
+        // SAFETY: the parent's descriptor is still a guest_memfd.
+        assert_eq!(unsafe { libc::fallocate(file, 3, 0, 4096) }, 0);
+    }
+
+    pub(super) fn bad_pointers() {
+        let vm = protected_vm();
+        for address in [0usize, 8, usize::MAX - 7, 0x7000_0000_0000_0000] {
+            assert_eq!(ioctl(vm, KVM_SET_MEMORY_ATTRIBUTES, address), Err(libc::EFAULT));
+            assert_eq!(ioctl(vm, KVM_CREATE_GUEST_MEMFD, address), Err(libc::EFAULT));
+        }
+    }
+}
