@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use gmem_core::Vm;
 use gmem_core::addr::{Gfn, GfnRange, PAGE_SIZE};
 use gmem_core::ops::{Access, Fault, FaultEnd, MemoryFault, Origin};
 use gmem_core::slot::SlotFlags;
@@ -32,6 +33,9 @@ pub(crate) struct VcpuObject {
     /// A write that the host's KVM has taken out of the guest and that has not reached memory.
     pending: Mutex<Option<PendingWrite>>,
     has_pending: AtomicBool,
+    /// The client is emulating a read, which KVM finishes when the vCPU runs again: what it still has to write belongs to the
+    /// same instruction, and its emulator takes a page that it may not write for a device.
+    emulating: AtomicBool,
     host_prefaults: bool,
 }
 
@@ -52,8 +56,8 @@ impl VcpuObject {
     ) -> Result<Self, Errno> {
         let fd = kvm::hidden_copy(fd)?;
         let mapping = RunMapping::new(kvm, fd.as_fd())?;
-        let (pending, has_pending) = (Mutex::new(None), AtomicBool::new(false));
-        Ok(Self { fd, mapping, vm, pending, has_pending, host_prefaults })
+        let (pending, has_pending, emulating) = (Mutex::new(None), AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Self { fd, mapping, vm, pending, has_pending, emulating, host_prefaults })
     }
 
     pub(crate) fn vm(&self) -> &VmObject {
@@ -93,6 +97,7 @@ impl VcpuObject {
         if let Some(mmio) = run.mmio() {
             return self.after_mmio(value, &mmio);
         }
+        self.emulating.store(false, Ordering::Relaxed);
         if run.is_emulation_failure() && self.has_private_memory() {
             return self.after_failed_emulation(value);
         }
@@ -114,7 +119,9 @@ impl VcpuObject {
 
     fn after_mmio(&self, value: i32, mmio: &Mmio) -> Next {
         let gfn = Gfn::of_gpa(mmio.gpa);
-        if self.is_device(gfn, mmio.is_write) {
+        let device = self.is_device(gfn, mmio.is_write);
+        self.emulating.store(device, Ordering::Relaxed);
+        if device {
             return Next::Return(Ok(value));
         }
         let taken = if mmio.is_write { self.take_write() } else { self.take_read() };
@@ -140,14 +147,15 @@ impl VcpuObject {
     /// Whether an access to `gfn` is the client's to emulate on the kernel that is being emulated, too.
     fn is_device(&self, gfn: Gfn, is_write: bool) -> bool {
         let state = self.vm.read();
-        let read_only = state.core.slots().at(0, gfn).is_some_and(|slot| slot.flags.contains(SlotFlags::READONLY));
         match state.core.view(gfn) {
             View::NoSlot => true,
-            View::UserMemory { .. } => (read_only && is_write) || !state.client_allows(gfn, is_write),
+            View::UserMemory { .. } => {
+                (is_write && is_read_only(&state.core, gfn)) || !state.client_allows(gfn, is_write)
+            }
             View::FilePage { .. } => false,
             // An access over a guard faults. This one did not, so KVM was emulating an instruction for another reason, and
             // its emulator takes every frame without a slot for a device.
-            View::Unbacked(_) => state.is_guarded(gfn),
+            View::Unbacked(_) => state.is_guarded(gfn) || (is_write && self.emulating.load(Ordering::Relaxed)),
         }
     }
 
@@ -191,6 +199,9 @@ impl VcpuObject {
 
     fn write_guest(&self, gpa: u64, bytes: &[u8]) -> bool {
         let state = self.vm.read();
+        if is_read_only(&state.core, Gfn::of_gpa(gpa)) {
+            return false;
+        }
         let place = place(state.window_at(Gfn::of_gpa(gpa)), gpa);
         place.is_some_and(|address| sys::copy_to_client(address, bytes).is_ok())
     }
@@ -294,6 +305,10 @@ impl VcpuObject {
             Err(error) => (0, Err(error)),
         }
     }
+}
+
+fn is_read_only(core: &Vm, gfn: Gfn) -> bool {
+    core.slots().at(0, gfn).is_some_and(|slot| slot.flags.contains(SlotFlags::READONLY))
 }
 
 /// The address of `gpa` in a window, unless nothing is shown there.
