@@ -1,6 +1,7 @@
 //! `gmem`: guest private memory for unmodified KVM programs, and tools to study it.
 
 mod check;
+mod demo;
 mod elf;
 mod measure;
 mod probe;
@@ -24,6 +25,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Show in two minutes what guest private memory is, on this machine's KVM.
+    Demo(demo::Arguments),
     /// Run a program with guest private memory.
     Run(run::Arguments),
     /// Show what this host's kernel has, what gmem adds, and what would be native.
@@ -37,6 +40,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
+        Command::Demo(arguments) => demo::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),

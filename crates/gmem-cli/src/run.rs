@@ -96,10 +96,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let mut command = Command::new(&path);
     command.arg0(program).args(rest);
-    let library = if config.emulated == 0 { None } else { Some(interpose(&mut command, &config)?) };
+    exec(command, &config).with_context(|| format!("cannot execute {}", path.display()))
+}
+
+/// Becomes `command`, with the library in front of it if there is anything to provide. Returns only if that fails.
+pub(crate) fn exec(mut command: Command, config: &Config) -> Result<ExitCode> {
+    let library = if config.emulated == 0 { None } else { Some(interpose(&mut command, config)?) };
     let error = command.exec();
     drop(library);
-    Err(error).with_context(|| format!("cannot execute {}", path.display()))
+    Err(error.into())
 }
 
 fn describe(native: &Native, config: &Config, wanted: u32) -> String {
@@ -152,7 +157,7 @@ fn is_executable(path: &Path) -> bool {
 }
 
 /// Refuses what the library could not be put in front of, before anything starts.
-fn check_program(path: &Path) -> Result<()> {
+pub(crate) fn check_program(path: &Path) -> Result<()> {
     const SET_ID: u32 = 0o6000;
     let shown = path.display();
     let Ok(data) = path.metadata() else { return refuse(NOT_FOUND, format!("{shown}: no such file")) };
