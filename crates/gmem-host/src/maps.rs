@@ -12,6 +12,9 @@ pub enum Sharing {
     Shared,
     /// `MAP_PRIVATE`, anonymous or of a file.
     Private,
+    /// The program itself: its stack, its heap, what the dynamic linker loaded. Never guest RAM, whatever a client claims, and
+    /// nothing that may become shared with a child of fork.
+    Program,
 }
 
 /// A piece of address space that is mapped in one way.
@@ -41,11 +44,18 @@ impl Area {
 /// Those of opening and reading `/proc/self/maps`.
 pub fn areas(start: usize, end: usize) -> Result<Vec<Area>, Errno> {
     let text = read_all("/proc/self/maps")?;
-    let lines = text.split(|byte| *byte == b'\n').filter_map(|line| core::str::from_utf8(line).ok());
-    let areas =
-        lines.filter_map(parse).map(|area| Area { start: area.start.max(start), end: area.end.min(end), ..area });
-    Ok(areas.filter(|area| area.start < area.end).collect())
+    let lines =
+        || text.split(|byte| *byte == b'\n').filter_map(|line| core::str::from_utf8(line).ok()).filter_map(parse);
+    let images: Vec<&str> = lines().filter(|(area, _)| area.prot & EXEC != 0).map(|(_, name)| name).collect();
+    let cut = lines().map(|(area, name)| {
+        let program = name.starts_with('[') && !name.starts_with("[anon") || !name.is_empty() && images.contains(&name);
+        let sharing = if program && area.sharing == Sharing::Private { Sharing::Program } else { area.sharing };
+        Area { start: area.start.max(start), end: area.end.min(end), sharing, ..area }
+    });
+    Ok(cut.filter(|area| area.start < area.end).collect())
 }
+
+const EXEC: u32 = 4;
 
 /// End of the addresses that a process may name (`TASK_SIZE_MAX`): with five paging levels it lies higher.
 #[must_use]
@@ -71,15 +81,17 @@ pub fn user_address_end() -> u64 {
 pub fn area_around(address: usize) -> Option<(usize, usize)> {
     let text = read_all("/proc/self/maps").ok()?;
     let lines = text.split(|byte| *byte == b'\n').filter_map(|line| core::str::from_utf8(line).ok());
-    let area = lines.filter_map(parse).find(|area| area.start <= address && address < area.end)?;
+    let (area, _) = lines.filter_map(parse).find(|(area, _)| area.start <= address && address < area.end)?;
     Some((area.start, area.end))
 }
 
-fn parse(line: &str) -> Option<Area> {
+/// An area and its name, which is a path, a word in brackets, or nothing.
+fn parse(line: &str) -> Option<(Area, &str)> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let permissions = fields.next()?;
-    Some(Area {
+    let name = fields.nth(3).unwrap_or("");
+    let area = Area {
         start: usize::from_str_radix(start, 16).ok()?,
         end: usize::from_str_radix(end, 16).ok()?,
         prot: permissions
@@ -89,7 +101,8 @@ fn parse(line: &str) -> Option<Area> {
             .map(|(_, (_, bit))| bit)
             .sum(),
         sharing: if permissions.ends_with('s') { Sharing::Shared } else { Sharing::Private },
-    })
+    };
+    Some((area, name))
 }
 
 pub(crate) fn read_all(path: &str) -> Result<Vec<u8>, Errno> {
@@ -110,19 +123,20 @@ mod tests {
 
     #[test]
     fn lines_of_the_kernel_are_understood() {
-        let area = parse("7f00-7f10 rw-s 00000000 00:01 1044 /memfd:x (deleted)").unwrap();
+        let (area, name) = parse("7f00-7f10 rw-s 00000000 00:01 1044 /memfd:x (deleted)").unwrap();
         assert_eq!((area.start, area.end, area.sharing, area.prot), (0x7f00, 0x7f10, Sharing::Shared, 3));
-        assert_eq!(parse("7f00-7f10 ---p 0 00:00 0").unwrap().prot, 0);
-        assert_eq!(parse("7f00-7f10 ---p 0 00:00 0").unwrap().sharing, Sharing::Private);
+        assert_eq!(name, "/memfd:x");
+        let (area, name) = parse("7f00-7f10 ---p 0 00:00 0").unwrap();
+        assert_eq!((area.sharing, area.prot, name), (Sharing::Private, 0, ""));
         assert_eq!(parse(""), None);
     }
 
     #[test]
-    fn own_stack_is_found() {
-        let here = 0u8;
-        let address = (&raw const here).addr();
-        let found = areas(address, address + 1).unwrap();
-        assert_eq!(found.len(), 1);
-        assert_eq!((found[0].start, found[0].end), (address, address + 1));
+    fn the_program_itself_is_told_from_memory() {
+        let sharing = |address: usize| areas(address, address + 1).unwrap().first().map(|area| area.sharing);
+        static DATA: [u64; 4] = [1, 2, 3, 4];
+        assert_eq!(sharing((&raw const DATA).addr()), Some(Sharing::Program));
+        let mapped = vec![0u8; 1 << 24];
+        assert_eq!(sharing(mapped.as_ptr().addr()), Some(Sharing::Private));
     }
 }
