@@ -3,6 +3,7 @@
 mod check;
 mod demo;
 mod elf;
+mod litmus;
 mod measure;
 mod probe;
 mod run;
@@ -31,6 +32,8 @@ enum Command {
     Run(run::Arguments),
     /// Show what this host's kernel has, what gmem adds, and what would be native.
     Probe(probe::Arguments),
+    /// Explore every interleaving of small programs, on the production code.
+    Litmus(litmus::Arguments),
     /// Replay recorded facts of the architectures against the models.
     Check(check::Arguments),
     /// Compute the launch measurement that a verifier must expect, without the hardware.
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),
+        Command::Litmus(arguments) => litmus::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Measure(command) => measure::run(&command).map(|()| ExitCode::SUCCESS),
     };

@@ -29,6 +29,14 @@ bitflags! {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct FileId(pub u32);
 
+impl FileId {
+    /// The frame that stands for a page of this file. Stable for the life of the file; distinct between files.
+    #[must_use]
+    pub fn pfn(self, index: PageIndex) -> Pfn {
+        Pfn(((u64::from(self.0) + 1) << 51) | index.0)
+    }
+}
+
 /// Why a file cannot be created. All of them are EINVAL in Linux.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum CreateError {
@@ -57,6 +65,11 @@ pub enum GetPageError {
     /// The page has a memory error. EHWPOISON.
     Poisoned,
 }
+
+/// The kernel cannot move or evict guest memory: the mapping is inaccessible and unevictable, so migration ends with
+/// EOPNOTSUPP and reclaim does not look at it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Unmovable(pub PageIndex);
 
 /// Whether a folio was there already.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -155,6 +168,12 @@ impl File {
         self.folio_level = level;
     }
 
+    /// The largest folio that the file may use.
+    #[must_use]
+    pub fn folio_level(&self) -> Level {
+        self.folio_level
+    }
+
     /// The whole file.
     #[must_use]
     pub fn all_pages(&self) -> Option<IndexRange> {
@@ -179,16 +198,23 @@ impl File {
         Ok(self.all_pages().and_then(|all| all.intersect(range)))
     }
 
-    /// The frame that stands for a page of this file. Stable for the life of the file; distinct between files.
+    /// [`FileId::pfn`].
     #[must_use]
     pub fn pfn(&self, index: PageIndex) -> Pfn {
-        Pfn(((u64::from(self.id.0) + 1) << 51) | index.0)
+        self.id.pfn(index)
     }
 
     /// Whether the page has memory.
     #[must_use]
     pub fn is_present(&self, index: PageIndex) -> bool {
         self.present.get(index.0)
+    }
+
+    /// Whether `pfn` stands for a page of this file that has memory.
+    #[must_use]
+    pub fn present_has(&self, pfn: Pfn) -> bool {
+        let index = pfn.0.checked_sub(self.pfn(PageIndex(0)).0);
+        index.is_some_and(|index| index < self.pages && self.present.get(index))
     }
 
     /// Whether the page has a memory error.
@@ -300,6 +326,14 @@ impl File {
 
     pub(crate) fn poison(&mut self, index: PageIndex) {
         self.poisoned.set(index.0, 1, true);
+    }
+
+    /// The kernel wants the memory of a page for itself, by migration or reclaim.
+    ///
+    /// # Errors
+    /// [`Unmovable`] for every page that has memory.
+    pub fn relocate(&self, index: PageIndex) -> Result<(), Unmovable> {
+        if self.is_present(index) { Err(Unmovable(index)) } else { Ok(()) }
     }
 
     /// Records that someone besides the page cache holds, or no longer holds, references to pages: pins for DMA, mappings

@@ -90,6 +90,18 @@ impl Invalidation {
         covered || self.sequence != snapshot.0
     }
 
+    /// The pages that changes under way cover, if any is under way.
+    #[must_use]
+    pub fn covered(&self) -> Option<GfnRange> {
+        self.range.filter(|_| self.in_progress > 0)
+    }
+
+    /// How many changes are under way.
+    #[must_use]
+    pub fn in_progress(&self) -> u32 {
+        self.in_progress
+    }
+
     /// Whether no change is under way.
     #[must_use]
     pub fn is_idle(&self) -> bool {

@@ -16,6 +16,7 @@ pub mod measure;
 pub mod ops;
 pub mod page_set;
 pub mod runs;
+pub mod seal;
 pub mod slot;
 pub mod vendor;
 pub mod vm;

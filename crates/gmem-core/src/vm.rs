@@ -1,6 +1,7 @@
 //! A virtual machine's memory: slots, attributes, files and the rules of its architecture.
 
 use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
 
 use crate::addr::{Gfn, GfnRange, IndexRange, Level, PageIndex, PageRange};
 use crate::arch::Arch;
@@ -8,7 +9,7 @@ use crate::file::{CreateError, File, FileFlags, FileId, Folio, GetPageError};
 use crate::invalidate::{Filter, Invalidation};
 use crate::page_set::PageSet;
 use crate::slot::{Binding, Slot, SlotFlags, SlotId, Slots};
-use crate::vendor::Side;
+use crate::vendor::{Refusal, Side};
 
 /// Frames that a guest physical address of 52 bits can name.
 pub const MAX_FRAMES: u64 = 1 << (52 - crate::addr::PAGE_SHIFT);
@@ -183,6 +184,17 @@ impl Vm {
         Ok(id)
     }
 
+    /// The launch ends: what the architecture needs to know of the slots it is told, and then that no more comes.
+    ///
+    /// # Errors
+    /// What the architecture refuses.
+    pub fn finalize(&mut self) -> Result<(), Refusal> {
+        let private: Vec<GfnRange> =
+            self.slots.iter().filter(|slot| slot.binding.is_some()).map(|slot| slot.gfns).collect();
+        private.into_iter().for_each(|gfns| self.arch.declare_memory(gfns));
+        self.arch.finalize()
+    }
+
     /// The slots.
     #[must_use]
     pub fn slots(&self) -> &Slots {
@@ -209,6 +221,11 @@ impl Vm {
     #[must_use]
     pub fn invalidation(&self) -> &Invalidation {
         &self.invalidation
+    }
+
+    /// The same, for a caller with changes of its own to bracket.
+    pub fn invalidation_mut(&mut self) -> &mut Invalidation {
+        &mut self.invalidation
     }
 
     /// The gfn's private attribute, wherever it is kept (`kvm_mem_is_private()`).
@@ -372,8 +389,16 @@ impl Vm {
         }
     }
 
+    /// The frames that one mapping could cover together with some of `gfns`, which `file` backs: while those go, a fault on
+    /// another page of the same large folio must not map them again.
+    pub(crate) fn could_be_mapped_with(&self, file: FileId, gfns: GfnRange) -> GfnRange {
+        let level = self.files.get(&file).map_or(Level::Page4K, File::folio_level);
+        let slot = self.slots.at(0, gfns.start());
+        slot.and_then(|slot| slot.gfns.intersect(gfns.align_out(level))).unwrap_or(gfns)
+    }
+
     /// The frames that slots bind to `pages` of `file`.
-    pub(crate) fn frames_of(&self, file: &File, pages: IndexRange) -> alloc::vec::Vec<GfnRange> {
+    pub(crate) fn frames_of(&self, file: &File, pages: IndexRange) -> Vec<GfnRange> {
         let slots = file.bound_slots(pages).filter_map(|id| self.slots.get(id));
         slots.filter_map(|slot| slot.gfns_of(pages)).collect()
     }
@@ -383,8 +408,8 @@ impl Vm {
     /// Used by tests and by the explorer after every operation: a binding and its slot must name each other, and no
     /// invalidation may be left open.
     #[must_use]
-    pub fn audit(&self) -> alloc::vec::Vec<Fault> {
-        let mut faults = alloc::vec::Vec::new();
+    pub fn audit(&self) -> Vec<Fault> {
+        let mut faults = Vec::new();
         if !self.invalidation.is_idle() {
             faults.push(Fault::InvalidationOpen);
         }

@@ -1,4 +1,4 @@
-use super::{Action, Lock, Operation, Step};
+use super::{Action, Lock, Operation, Parts, Reach, Step};
 use crate::addr::{GfnRange, Level, PageRange};
 use crate::invalidate::{Begun, Filter};
 use crate::vendor::Side;
@@ -93,6 +93,17 @@ impl Operation for SetAttributes {
             }
             State::Unlock => Step::Do(Action::Unlock(Lock::Slots)),
             State::Done => Step::Done(()),
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match self.state {
+            State::Start | State::Flush(_) | State::Unlock | State::Done => Reach::NOTHING,
+            State::Compare | State::Begin => {
+                Reach::writes(Parts::INVALIDATION | Parts::ATTRIBUTES).and_reads(Parts::SLOTS | Parts::FILES)
+            }
+            State::Store(_) => Reach::writes(Parts::ATTRIBUTES),
+            State::End(_) => Reach::writes(Parts::INVALIDATION),
         }
     }
 }

@@ -1,7 +1,7 @@
 use alloc::vec::Vec;
 
 use super::punch::free_pages;
-use super::{Action, DirectMap, Lock, Operation, Pages, Step};
+use super::{Action, DirectMap, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::GfnRange;
 use crate::file::{FileFlags, FileId};
 use crate::invalidate::{Begun, Filter};
@@ -28,8 +28,10 @@ enum State {
     Zap,
     End,
     UnlockSlots,
+    LockFolios,
     RestoreDirectMap,
     Free,
+    UnlockFolios(Pages),
     Done,
 }
 
@@ -107,7 +109,7 @@ impl CloseFile {
         let Some(pages) = self.pages(vm) else { return self.next(State::Done, Action::Continue) };
         free_pages(vm, pages);
         vm.files.remove(&self.file);
-        self.next(State::Done, Action::Free(pages))
+        self.next(State::UnlockFolios(pages), Action::Free(pages))
     }
 }
 
@@ -121,10 +123,31 @@ impl Operation for CloseFile {
             State::Begin => self.begin(vm),
             State::Zap => self.zap(),
             State::End => self.end(vm),
-            State::UnlockSlots => self.next(State::RestoreDirectMap, Action::Unlock(Lock::Slots)),
+            State::UnlockSlots => self.next(State::LockFolios, Action::Unlock(Lock::Slots)),
+            State::LockFolios => {
+                let lock = self.pages(vm).map_or(Action::Continue, |pages| Action::Lock(Lock::Folios(pages)));
+                self.next(State::RestoreDirectMap, lock)
+            }
+            State::UnlockFolios(pages) => self.next(State::Done, Action::Unlock(Lock::Folios(pages))),
             State::RestoreDirectMap => self.restore_direct_map(vm),
             State::Free => self.free(vm),
             State::Done => Step::Done(()),
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match self.state {
+            State::LockSlots
+            | State::LockFile
+            | State::Zap
+            | State::UnlockSlots
+            | State::UnlockFolios(_)
+            | State::Done => Reach::NOTHING,
+            State::LockFolios => Reach::reads(Parts::FILES),
+            State::Begin => Reach::writes(Parts::all()),
+            State::End => Reach::writes(Parts::INVALIDATION),
+            State::RestoreDirectMap => Reach::writes(Parts::FILES),
+            State::Free => Reach::writes(Parts::FILES | Parts::ARCH),
         }
     }
 }

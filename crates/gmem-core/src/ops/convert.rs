@@ -1,6 +1,6 @@
 use alloc::vec::Vec;
 
-use super::{Action, Lock, Operation, Pages, Step};
+use super::{Action, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::{GfnRange, IndexRange, PageIndex};
 use crate::file::FileId;
 use crate::invalidate::{Begun, Filter};
@@ -120,7 +120,7 @@ fn reclaim_present(vm: &mut Vm, file: FileId, range: IndexRange) {
     let Some(file) = vm.files.get(&file) else { return };
     for run in file.present_runs(range) {
         if let Some(pfns) = run.rebase(file.pfn(run.start())) {
-            vm.arch.reclaim(pfns);
+            let _ = vm.arch.reclaim(pfns);
         }
     }
 }
@@ -138,6 +138,16 @@ impl Operation for ConvertInPlace {
             State::Store => self.store(vm),
             State::End => self.end(vm),
             State::Done(result) => Step::Done(result),
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match self.state {
+            State::Lock | State::Zap | State::Done(_) => Reach::NOTHING,
+            State::Check | State::References => Reach::reads(Parts::FILES),
+            State::Begin => Reach::writes(Parts::INVALIDATION).and_reads(Parts::SLOTS | Parts::FILES),
+            State::Store => Reach::writes(Parts::FILES | Parts::ARCH).and_reads(Parts::SLOTS),
+            State::End => Reach::writes(Parts::INVALIDATION),
         }
     }
 }

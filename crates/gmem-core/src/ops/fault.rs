@@ -1,4 +1,4 @@
-use super::{Action, DirectMap, Lock, Operation, Pages, Step};
+use super::{Action, DirectMap, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::{Gfn, IndexRange, Level, PageIndex, PageNumber, Pfn};
 use crate::file::{FileFlags, FileId, GetPageError};
 use crate::invalidate::Snapshot;
@@ -54,7 +54,12 @@ pub enum FaultEnd {
     DyingSlot,
 }
 
-/// A stage-2 fault: snapshot the sequence, decide, get the page, make it private, map unless stale.
+/// A stage-2 fault: note the side of the access, snapshot the sequence, decide, get the page, make it private, map unless
+/// stale.
+///
+/// The side comes first, as in Linux: where it is that of the attribute (SW_PROTECTED, every prefault) it can be out of
+/// date when it is compared with the attribute later. That ends in a memory-fault exit that tells of nothing wrong any
+/// more, and in nothing worse.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Fault {
     access: Access,
@@ -64,15 +69,19 @@ pub struct Fault {
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum State {
-    Snapshot,
-    Decide(Snapshot),
+    Side,
+    Snapshot(Side),
+    Decide(Snapshot, Side),
     LockFile(Snapshot, Target),
     TakePage(Snapshot, Target),
+    Zero(Snapshot, Target, Taken),
     UserPage(Snapshot, Target, Option<Pfn>),
     MakePrivate(Snapshot, Target, Taken),
     LeaveDirectMap(Snapshot, Target, Taken),
     FlushDirectMap(Snapshot, Target, Taken),
+    UnlockFolio(Snapshot, Target, Taken),
     Commit(Snapshot, Target, Taken),
+    Fail(Target, FaultEnd),
     UnlockFile(FileId, FaultEnd),
     End(FaultEnd),
 }
@@ -95,7 +104,7 @@ impl Fault {
     /// A fault on `access`.
     #[must_use]
     pub fn new(access: Access, origin: Origin) -> Self {
-        Self { access, origin, state: State::Snapshot }
+        Self { access, origin, state: State::Side }
     }
 
     /// The frame.
@@ -107,7 +116,7 @@ impl Fault {
     /// Whether the fault is between its snapshot and its end: [`Action::Synchronize`] waits for it.
     #[must_use]
     pub fn is_reading_slots(&self) -> bool {
-        !matches!(self.state, State::Snapshot | State::End(_))
+        !matches!(self.state, State::Side | State::Snapshot(_) | State::End(_))
     }
 
     /// Answers [`Action::GetUserPage`]. Without an answer, or with `None`, there is no such page.
@@ -115,28 +124,6 @@ impl Fault {
         if let State::UserPage(_, _, answer) = &mut self.state {
             *answer = pfn;
         }
-    }
-
-    /// Takes the snapshot anew, as if nothing had been looked up: for the explorer's broken protocols only.
-    pub fn forget_snapshot(&mut self, vm: &Vm) {
-        let now = vm.invalidation.snapshot();
-        match &mut self.state {
-            State::Decide(snapshot)
-            | State::LockFile(snapshot, _)
-            | State::TakePage(snapshot, _)
-            | State::UserPage(snapshot, _, _)
-            | State::MakePrivate(snapshot, _, _)
-            | State::LeaveDirectMap(snapshot, _, _)
-            | State::FlushDirectMap(snapshot, _, _)
-            | State::Commit(snapshot, _, _) => *snapshot = now,
-            State::Snapshot | State::UnlockFile(..) | State::End(_) => {}
-        }
-    }
-
-    /// Whether the next step is the one that checks the snapshot and maps.
-    #[must_use]
-    pub fn is_about_to_map(&self) -> bool {
-        matches!(self.state, State::Commit(..))
     }
 
     fn end(&mut self, end: FaultEnd) -> Step<FaultEnd> {
@@ -157,8 +144,7 @@ impl Fault {
     }
 
     /// Mismatch first, then the slot, then what the slot can serve (`kvm_mmu_faultin_pfn()`).
-    fn decide(&mut self, vm: &mut Vm, snapshot: Snapshot) -> Step<FaultEnd> {
-        let side = self.side(vm);
+    fn decide(&mut self, vm: &mut Vm, snapshot: Snapshot, side: Side) -> Step<FaultEnd> {
         if side != vm.attribute(self.access.gfn) {
             return self.end(FaultEnd::MemoryFault(self.memory_fault(side)));
         }
@@ -213,17 +199,32 @@ impl Fault {
             Ok(page) => page,
             Err(error) => return self.page_error(vm, target, error),
         };
-        let Some(inode) = vm.files.get_mut(&file) else {
+        let Some(inode) = vm.files.get(&file) else {
             return self.page_error(vm, target, GetPageError::NoFile);
         };
         let taken =
             Taken { pfn: inode.pfn(index), level: inode.folio_level_at(index), page: Some((file, index, folio.pages)) };
+        self.state = State::Zero(snapshot, target, taken);
+        Step::Do(Action::Lock(Lock::Folios(Pages { file, range: folio.pages })))
+    }
+
+    /// Whether the bytes are someone else's is known only under the folio's lock: another fault may have been faster.
+    fn zero(&mut self, vm: &mut Vm, snapshot: Snapshot, target: Target, taken: Taken) -> Step<FaultEnd> {
         self.state = State::MakePrivate(snapshot, target, taken);
-        if !folio.needs_zeroing {
-            return Step::Do(Action::Continue);
+        let stale = taken.page.and_then(|(file, index, folio)| {
+            let inode = vm.files.get_mut(&file).filter(|inode| !inode.is_up_to_date(index))?;
+            inode.mark_up_to_date(folio);
+            Some(Pages { file, range: folio })
+        });
+        Step::Do(stale.map_or(Action::Continue, Action::Zero))
+    }
+
+    fn unlock_folio(&mut self, vm: &mut Vm, taken: Taken, next: State) -> Step<FaultEnd> {
+        self.state = next;
+        match taken.page {
+            Some((file, _, range)) => Step::Do(Action::Unlock(Lock::Folios(Pages { file, range }))),
+            None => self.step(vm),
         }
-        inode.mark_up_to_date(folio.pages);
-        Step::Do(Action::Zero(Pages { file, range: folio.pages }))
     }
 
     fn page_error(&mut self, vm: &Vm, target: Target, error: GetPageError) -> Step<FaultEnd> {
@@ -249,8 +250,8 @@ impl Fault {
         if target.side == Side::Private
             && let Err(refusal) = vm.arch.make_private(self.access.gfn, taken.pfn)
         {
-            let fault = self.memory_fault(target.side);
-            return self.unlock_then(vm, target, FaultEnd::Refused(fault, refusal));
+            let end = FaultEnd::Refused(self.memory_fault(target.side), refusal);
+            return self.unlock_folio(vm, taken, State::Fail(target, end));
         }
         self.state = State::LeaveDirectMap(snapshot, target, taken);
         Step::Do(Action::Continue)
@@ -269,15 +270,12 @@ impl Fault {
                 self.state = State::FlushDirectMap(snapshot, target, taken);
                 Step::Do(Action::DirectMap(pages, DirectMap::Remove))
             }
-            None => {
-                self.state = State::Commit(snapshot, target, taken);
-                self.step(vm)
-            }
+            None => self.unlock_folio(vm, taken, State::Commit(snapshot, target, taken)),
         }
     }
 
     fn flush_direct_map(&mut self, vm: &mut Vm, snapshot: Snapshot, target: Target, taken: Taken) -> Step<FaultEnd> {
-        self.state = State::Commit(snapshot, target, taken);
+        self.state = State::UnlockFolio(snapshot, target, taken);
         match vm.rules.direct_map_flush {
             DirectMapFlush::Flush => Step::Do(Action::FlushDirectMap),
             DirectMapFlush::NoFlush => self.step(vm),
@@ -323,11 +321,15 @@ impl Operation for Fault {
 
     fn step(&mut self, vm: &mut Vm) -> Step<FaultEnd> {
         match self.state.clone() {
-            State::Snapshot => {
-                self.state = State::Decide(vm.invalidation.snapshot());
+            State::Side => {
+                self.state = State::Snapshot(self.side(vm));
                 Step::Do(Action::Continue)
             }
-            State::Decide(snapshot) => self.decide(vm, snapshot),
+            State::Snapshot(side) => {
+                self.state = State::Decide(vm.invalidation.snapshot(), side);
+                Step::Do(Action::Continue)
+            }
+            State::Decide(snapshot, side) => self.decide(vm, snapshot, side),
             State::LockFile(snapshot, target) => self.lock_file(vm, snapshot, target),
             State::TakePage(snapshot, target) => self.take_page(vm, snapshot, target),
             State::UserPage(snapshot, target, Some(pfn)) => {
@@ -336,6 +338,11 @@ impl Operation for Fault {
                 Step::Do(Action::Continue)
             }
             State::UserPage(_, _, None) => self.end(FaultEnd::NoUserPage),
+            State::Zero(snapshot, target, taken) => self.zero(vm, snapshot, target, taken),
+            State::UnlockFolio(snapshot, target, taken) => {
+                self.unlock_folio(vm, taken, State::Commit(snapshot, target, taken))
+            }
+            State::Fail(target, end) => self.unlock_then(vm, target, end),
             State::MakePrivate(snapshot, target, taken) => self.make_private(vm, snapshot, target, taken),
             State::LeaveDirectMap(snapshot, target, taken) => self.leave_direct_map(vm, snapshot, target, taken),
             State::FlushDirectMap(snapshot, target, taken) => self.flush_direct_map(vm, snapshot, target, taken),
@@ -345,6 +352,23 @@ impl Operation for Fault {
                 Step::Do(Action::Unlock(Lock::FileShared(file)))
             }
             State::End(end) => Step::Done(end),
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        let truth = Parts::ATTRIBUTES | Parts::SLOTS | Parts::FILES;
+        match self.state {
+            State::Side | State::Decide(..) => Reach::reads(truth),
+            State::Snapshot(_) => Reach::reads(Parts::INVALIDATION),
+            State::MakePrivate(..) => Reach::writes(Parts::ARCH).and_reads(Parts::SLOTS),
+            State::UserPage(..) | State::UnlockFolio(..) | State::UnlockFile(..) | State::End(_) => Reach::NOTHING,
+            State::Fail(..) => Reach::reads(Parts::SLOTS),
+            State::LockFile(..) | State::TakePage(..) | State::Zero(..) => {
+                Reach::writes(Parts::FILES).and_reads(Parts::SLOTS)
+            }
+            State::LeaveDirectMap(..) => Reach::writes(Parts::FILES),
+            State::FlushDirectMap(..) => Reach::NOTHING,
+            State::Commit(..) => Reach::writes(Parts::ARCH).and_reads(Parts::all()),
         }
     }
 }

@@ -1,6 +1,6 @@
 use alloc::vec::Vec;
 
-use super::{Action, Operation, Step};
+use super::{Action, Operation, Parts, Reach, Step};
 use crate::addr::{GfnRange, PAGE_SHIFT};
 use crate::invalidate::{Begun, Filter};
 use crate::vendor::Side;
@@ -90,6 +90,14 @@ impl Operation for ChangeUserMapping {
             State::Change => self.next(State::End, Action::ChangeUserMapping),
             State::End => self.end(vm),
             State::Done => Step::Done(Vec::new()),
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match self.state {
+            State::Begin => Reach::writes(Parts::INVALIDATION).and_reads(Parts::SLOTS),
+            State::Zap | State::Change | State::Done => Reach::NOTHING,
+            State::End => Reach::writes(Parts::INVALIDATION).and_reads(Parts::SLOTS),
         }
     }
 }

@@ -15,8 +15,10 @@ mod fault;
 mod hva;
 mod poison;
 mod populate;
+mod prefault;
 mod punch;
 mod region;
+mod user_fault;
 
 pub use attributes::SetAttributes;
 pub use close::CloseFile;
@@ -26,8 +28,12 @@ pub use fault::{Access, Fault, FaultEnd, MemoryFault, Origin};
 pub use hva::ChangeUserMapping;
 pub use poison::MemoryFailure;
 pub use populate::{PopulateError, PopulatePage};
+pub use prefault::{Prefault, PrefaultError};
 pub use punch::{PunchError, PunchHole};
 pub use region::{Claim, FileClaim, RegionError, SetRegion, check_claim};
+pub use user_fault::{UserFault, UserFaultError};
+
+use bitflags::bitflags;
 
 use crate::addr::{Gfn, GfnRange, IndexRange};
 use crate::file::FileId;
@@ -44,6 +50,63 @@ pub trait Operation {
     /// Takes the next step. After [`Step::Done`] it must not be called again; if it is, it repeats its answer or does
     /// nothing.
     fn step(&mut self, vm: &mut Vm) -> Step<Self::Output>;
+
+    /// What the next step may look at and change in the [`Vm`], at most. Two steps that do not reach into what the other
+    /// changes have the same effect in either order; whoever explores interleavings needs only one of them.
+    fn reach(&self) -> Reach {
+        Reach::ALL
+    }
+}
+
+bitflags! {
+    /// Parts of a [`Vm`].
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+    pub struct Parts: u8 {
+        /// The slots.
+        const SLOTS = 1 << 0;
+        /// Who is private, where that is kept per VM.
+        const ATTRIBUTES = 1 << 1;
+        /// The invalidation protocol.
+        const INVALIDATION = 1 << 2;
+        /// The files: pages, sides, bindings.
+        const FILES = 1 << 3;
+        /// The architecture.
+        const ARCH = 1 << 4;
+    }
+}
+
+/// What a step may look at and change.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Reach {
+    /// Looked at.
+    pub reads: Parts,
+    /// Changed; may also be looked at.
+    pub writes: Parts,
+}
+
+impl Reach {
+    /// Everything.
+    pub const ALL: Self = Self { reads: Parts::all(), writes: Parts::all() };
+    /// Nothing: the step only tells what to do next.
+    pub const NOTHING: Self = Self { reads: Parts::empty(), writes: Parts::empty() };
+
+    /// Looks at `reads` and changes nothing.
+    #[must_use]
+    pub const fn reads(reads: Parts) -> Self {
+        Self { reads, writes: Parts::empty() }
+    }
+
+    /// Looks at `reads` too.
+    #[must_use]
+    pub const fn and_reads(self, reads: Parts) -> Self {
+        Self { reads: self.reads.union(reads), writes: self.writes }
+    }
+
+    /// Changes `writes`.
+    #[must_use]
+    pub const fn writes(writes: Parts) -> Self {
+        Self { reads: Parts::empty(), writes }
+    }
 }
 
 /// What a step asks of the caller.
@@ -88,7 +151,10 @@ pub enum Action {
     FlushDirectMap,
     /// Take the VMM's own mappings of the file's pages away; it may fault them back where that is allowed.
     DropUserMappings(Pages),
-    /// Find the VMM's page behind a frame, and tell the fault with [`Fault::user_page`].
+    /// Enter the pages into the VMM's mapping of the file.
+    MapUser(Pages),
+    /// Find the VMM's page behind a frame, and tell the fault with [`Fault::user_page`] or
+    /// [`Prefault::user_page`].
     GetUserPage {
         /// The slot.
         slot: SlotId,
@@ -126,7 +192,7 @@ pub enum DirectMap {
 
 /// The kernel's locks that operations take, in the order in which they may be taken. mmu_lock is not among them: what is
 /// done under it is one step.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Lock {
     /// `slots_lock` of the VM.
     Slots,
@@ -134,6 +200,9 @@ pub enum Lock {
     FileExclusive(FileId),
     /// The same lock, shared.
     FileShared(FileId),
+    /// The locks of the folios that hold these pages. Whoever finds or makes a page keeps it until the page is prepared;
+    /// whoever frees pages takes it first, so that nothing is prepared after it was given back.
+    Folios(Pages),
 }
 
 /// Runs an operation to its end, alone.

@@ -1,4 +1,4 @@
-use super::{Action, Lock, Operation, Step};
+use super::{Action, Lock, Operation, Parts, Reach, Step};
 use crate::addr::{PageIndex, PageRange};
 use crate::file::FileId;
 use crate::invalidate::Begun;
@@ -67,6 +67,14 @@ impl Operation for MemoryFailure {
             State::Flush => self.next(State::End, Action::Flush),
             State::End => self.end(vm),
             State::Done => Step::Done(()),
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match self.state {
+            State::Lock | State::Flush | State::Done => Reach::NOTHING,
+            State::Begin => Reach::writes(Parts::INVALIDATION | Parts::FILES).and_reads(Parts::SLOTS),
+            State::End => Reach::writes(Parts::INVALIDATION),
         }
     }
 }

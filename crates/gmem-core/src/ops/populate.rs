@@ -1,4 +1,4 @@
-use super::{Action, Lock, Operation, Pages, Step};
+use super::{Action, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::{Gfn, PageRange};
 use crate::file::{FileId, GetPageError};
 use crate::vendor::{Populate, PopulateKind, Refusal, Side};
@@ -110,6 +110,14 @@ impl Operation for PopulatePage<'_> {
             }
             State::UnlockSlots(result) => self.unlock_slots(result),
             State::Done(result) => Step::Done(result),
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match self.state {
+            State::LockSlots | State::UnlockFile(..) | State::UnlockSlots(_) | State::Done(_) => Reach::NOTHING,
+            State::LockFile => Reach::reads(Parts::SLOTS),
+            State::Populate(_) => Reach::writes(Parts::FILES | Parts::ARCH).and_reads(Parts::SLOTS | Parts::ATTRIBUTES),
         }
     }
 }

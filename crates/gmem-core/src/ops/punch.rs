@@ -1,6 +1,6 @@
 use alloc::vec::Vec;
 
-use super::{Action, DirectMap, Lock, Operation, Pages, Step};
+use super::{Action, DirectMap, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::{GfnRange, IndexRange};
 use crate::file::{FileFlags, FileId};
 use crate::invalidate::{Begun, Filter};
@@ -15,7 +15,7 @@ pub enum PunchError {
 
 /// `FALLOC_FL_PUNCH_HOLE` over a validated range (`kvm_gmem_punch_hole()`).
 ///
-/// begin, zap, flush, restore the direct map, free, end: a page is given back only after no vCPU can reach it, and no fault
+/// begin, zap, flush, lock folios, restore the direct map, free, end: a page is given back only after no vCPU can reach it, and no fault
 /// that found it before can map it afterwards.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct PunchHole {
@@ -33,8 +33,10 @@ enum State {
     Split,
     Begin,
     Zap,
+    LockFolios,
     RestoreDirectMap,
     Free,
+    UnlockFolios,
     End,
     Done(Result<(), PunchError>),
 }
@@ -77,12 +79,12 @@ impl PunchHole {
             self.filter = vm.file_filter(file);
         }
         if self.zaps.is_empty() {
-            self.state = State::RestoreDirectMap;
+            self.state = State::LockFolios;
             return Step::Do(Action::Continue);
         }
         let begun = vm.invalidation.begin();
         for gfns in &self.zaps {
-            vm.invalidation.add(&begun, *gfns);
+            vm.invalidation.add(&begun, vm.could_be_mapped_with(file, *gfns));
             vm.arch.invalidate(*gfns);
         }
         self.begun = Some(begun);
@@ -94,7 +96,7 @@ impl PunchHole {
         match self.zaps.pop() {
             Some(range) => Step::Do(Action::Zap { range, filter: self.filter }),
             None => {
-                self.state = State::RestoreDirectMap;
+                self.state = State::LockFolios;
                 Step::Do(Action::Flush)
             }
         }
@@ -113,7 +115,7 @@ impl PunchHole {
 
     fn free(&mut self, vm: &mut Vm) -> Step<Result<(), PunchError>> {
         free_pages(vm, self.pages);
-        self.state = State::End;
+        self.state = State::UnlockFolios;
         Step::Do(Action::Free(self.pages))
     }
 
@@ -136,7 +138,7 @@ pub(super) fn free_pages(vm: &mut Vm, pages: Pages) {
     let present: Vec<IndexRange> = file.present_runs(pages.range).collect();
     for run in present {
         if let Some(pfns) = run.rebase(file.pfn(run.start())) {
-            vm.arch.reclaim(pfns);
+            let _ = vm.arch.reclaim(pfns);
         }
     }
     file.free(pages.range);
@@ -154,10 +156,29 @@ impl Operation for PunchHole {
             State::Split => self.split(vm),
             State::Begin => self.begin(vm),
             State::Zap => self.zap(),
+            State::LockFolios => {
+                self.state = State::RestoreDirectMap;
+                Step::Do(Action::Lock(Lock::Folios(self.pages)))
+            }
             State::RestoreDirectMap => self.restore_direct_map(vm),
             State::Free => self.free(vm),
+            State::UnlockFolios => {
+                self.state = State::End;
+                Step::Do(Action::Unlock(Lock::Folios(self.pages)))
+            }
             State::End => self.end(vm),
             State::Done(result) => Step::Done(result),
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match self.state {
+            State::Start | State::Zap | State::LockFolios | State::UnlockFolios | State::Done(_) => Reach::NOTHING,
+            State::Split => Reach::reads(Parts::FILES),
+            State::Begin => Reach::writes(Parts::INVALIDATION | Parts::ARCH).and_reads(Parts::SLOTS | Parts::FILES),
+            State::RestoreDirectMap => Reach::writes(Parts::FILES),
+            State::Free => Reach::writes(Parts::FILES | Parts::ARCH),
+            State::End => Reach::writes(Parts::INVALIDATION),
         }
     }
 }

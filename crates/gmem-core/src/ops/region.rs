@@ -1,4 +1,4 @@
-use super::{Action, Lock, Operation, Step};
+use super::{Action, Lock, Operation, Parts, Reach, Step};
 use crate::addr::{Gfn, GfnRange, IndexRange, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange};
 use crate::file::{FileFlags, FileId};
 use crate::invalidate::Filter;
@@ -89,7 +89,9 @@ enum State {
     Zap(Change),
     Flush(Change),
     Synchronize(Change),
+    LockFile(Change),
     Commit(Change),
+    UnlockFile(FileId),
     Unlock,
     Done(Output),
 }
@@ -116,7 +118,9 @@ impl SetRegion {
         match check(vm, &self.claim) {
             Err(error) => self.unlock(Err(error)),
             Ok(Change::Nothing) => self.unlock(Ok(())),
-            Ok(change @ (Change::Create(_) | Change::Flags(..))) => self.next(State::Commit(change), Action::Continue),
+            Ok(change @ (Change::Create(_) | Change::Flags(..))) => {
+                self.next(State::LockFile(change), Action::Continue)
+            }
             Ok(change @ (Change::Delete(id) | Change::Move(id, _))) => {
                 if let Some(slot) = vm.slots.get_mut(id) {
                     slot.invalid = true;
@@ -141,14 +145,37 @@ impl SetRegion {
                 let range = slot.gfns;
                 self.next(State::Flush(change), Action::Zap { range, filter: Filter::Both })
             }
-            None => self.next(State::Commit(change), Action::Continue),
+            None => self.next(State::LockFile(change), Action::Continue),
+        }
+    }
+
+    /// Bindings change only under the file's exclusive lock: a hole that is being punched has looked at them already and
+    /// would free pages that a new binding lets the guest map.
+    fn lock_file(&mut self, vm: &mut Vm, change: Change) -> Step<Output> {
+        let file = bound_file(vm, &change);
+        self.state = State::Commit(change);
+        match file {
+            Some(file) => Step::Do(Action::Lock(Lock::FileExclusive(file))),
+            None => self.step(vm),
         }
     }
 
     fn commit(&mut self, vm: &mut Vm, change: Change) -> Step<Output> {
+        let file = bound_file(vm, &change);
         let refill = apply(vm, change);
-        self.next(State::Unlock, refill.map_or(Action::Continue, Action::Refill))
+        let next = file.map_or(State::Unlock, State::UnlockFile);
+        self.next(next, refill.map_or(Action::Continue, Action::Refill))
     }
+}
+
+/// The file whose bindings `change` changes.
+fn bound_file(vm: &Vm, change: &Change) -> Option<FileId> {
+    let slot = match change {
+        Change::Create(slot) => Some(slot),
+        Change::Delete(id) => vm.slots.get(*id),
+        Change::Move(..) | Change::Flags(..) | Change::Nothing => None,
+    };
+    slot?.binding?.file
 }
 
 fn apply(vm: &mut Vm, change: Change) -> Option<GfnRange> {
@@ -281,7 +308,8 @@ fn check_file(vm: &Vm, claim: &Claim, slot: &Slot) -> Result<Binding, RegionErro
         FileClaim::NotGuestMemfd | FileClaim::OtherVm => return Err(RegionError::File),
         FileClaim::File(id) => id,
     };
-    let file = vm.file(id).ok_or(RegionError::File)?;
+    // A file whose last descriptor has gone is no longer named by any, even while its memory is still being freed.
+    let file = vm.file(id).filter(|file| file.is_open()).ok_or(RegionError::BadDescriptor)?;
     let first = PageIndex(claim.guest_memfd_offset >> PAGE_SHIFT);
     let pages: IndexRange = PageRange::with_len(first, slot.gfns.len()).ok_or(RegionError::File)?;
     if pages.end().0 > file.pages() {
@@ -316,13 +344,29 @@ impl Operation for SetRegion {
             State::Check => self.check(vm),
             State::Synchronize(change) => self.synchronize(change),
             State::Zap(change) => self.zap(vm, change),
-            State::Flush(change) => self.next(State::Commit(change), Action::Flush),
+            State::Flush(change) => self.next(State::LockFile(change), Action::Flush),
+            State::LockFile(change) => self.lock_file(vm, change),
             State::Commit(change) => self.commit(vm, change),
+            State::UnlockFile(file) => self.next(State::Unlock, Action::Unlock(Lock::FileExclusive(file))),
             State::Unlock => self.unlock(Ok(())),
             State::Done(result) => {
                 self.state = State::Done(result);
                 Step::Done(result)
             }
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match &self.state {
+            State::Lock
+            | State::Synchronize(_)
+            | State::Flush(_)
+            | State::UnlockFile(_)
+            | State::Unlock
+            | State::Done(_) => Reach::NOTHING,
+            State::Check => Reach::writes(Parts::SLOTS).and_reads(Parts::all()),
+            State::Zap(_) => Reach::reads(Parts::SLOTS),
+            State::LockFile(_) | State::Commit(_) => Reach::writes(Parts::SLOTS | Parts::FILES),
         }
     }
 }

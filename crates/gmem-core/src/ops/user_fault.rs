@@ -1,0 +1,121 @@
+use super::{Action, Lock, Operation, Pages, Parts, Reach, Step};
+use crate::addr::PageIndex;
+use crate::addr::PageRange;
+use crate::file::{FileFlags, FileId};
+use crate::vendor::Side;
+use crate::vm::Vm;
+
+/// Why the VMM's access to its mapping of a file fails. All of them are SIGBUS.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum UserFaultError {
+    /// The file cannot be mapped, is gone, or ends before the page.
+    NoPage,
+    /// The page is private.
+    Private,
+    /// The page has a memory error.
+    Poisoned,
+}
+
+/// The VMM touches a page of a file that it has mapped, and has no page-table entry for it
+/// (`kvm_gmem_fault_user_mapping()`).
+///
+/// The lock is shared: conversions and holes exclude it, other faults do not.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct UserFault {
+    file: FileId,
+    index: PageIndex,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum State {
+    Lock,
+    Take,
+    Map,
+    Unlock(Output),
+    Done(Output),
+}
+
+type Output = Result<(), UserFaultError>;
+
+impl UserFault {
+    /// The VMM touches page `index` of `file`.
+    #[must_use]
+    pub fn new(file: FileId, index: PageIndex) -> Self {
+        Self { file, index, state: State::Lock }
+    }
+
+    fn next(&mut self, state: State, action: Action) -> Step<Output> {
+        self.state = state;
+        Step::Do(action)
+    }
+
+    fn take(&mut self, vm: &mut Vm) -> Step<Output> {
+        match self.try_take(vm) {
+            Ok(action) => self.next(State::Map, action),
+            Err(error) => self.next(State::Done(Err(error)), Action::Unlock(Lock::FileShared(self.file))),
+        }
+    }
+
+    fn try_take(&self, vm: &mut Vm) -> Result<Action, UserFaultError> {
+        let file = vm.files.get_mut(&self.file).ok_or(UserFaultError::NoPage)?;
+        if !file.flags().contains(FileFlags::MMAP) || self.index.0 >= file.pages() {
+            return Err(UserFaultError::NoPage);
+        }
+        if file.side(self.index) == Side::Private {
+            return Err(UserFaultError::Private);
+        }
+        let folio = file.folio_at(self.index);
+        if file.is_poisoned(self.index) {
+            return Err(UserFaultError::Poisoned);
+        }
+        if !folio.needs_zeroing {
+            return Ok(Action::Continue);
+        }
+        file.mark_up_to_date(folio.pages);
+        Ok(Action::Zero(Pages { file: self.file, range: folio.pages }))
+    }
+}
+
+impl Operation for UserFault {
+    type Output = Output;
+
+    fn step(&mut self, vm: &mut Vm) -> Step<Output> {
+        let pages = Pages { file: self.file, range: PageRange::page(self.index) };
+        match self.state {
+            State::Lock => self.next(State::Take, Action::Lock(Lock::FileShared(self.file))),
+            State::Take => self.take(vm),
+            State::Map => self.next(State::Unlock(Ok(())), Action::MapUser(pages)),
+            State::Unlock(result) => self.next(State::Done(result), Action::Unlock(Lock::FileShared(self.file))),
+            State::Done(result) => Step::Done(result),
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        match self.state {
+            State::Take => Reach::writes(Parts::FILES),
+            State::Lock | State::Map | State::Unlock(_) | State::Done(_) => Reach::NOTHING,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::Arch;
+    use crate::ops::run;
+    use crate::vm::{Rules, Tracking};
+
+    #[test]
+    fn private_pages_and_unmappable_files_are_refused() {
+        let in_place = Rules { tracking: Tracking::InPlace, ..Rules::default() };
+        let mut vm = Vm::with_frames(Arch::SwProtected, in_place, 64);
+        let mut file = |flags| vm.create_file(0x2000, flags, FileFlags::all()).unwrap();
+        let (shared, private, unmappable) = (file(3), file(1), file(0));
+        let mut touch = |file, index| run(&mut UserFault::new(file, PageIndex(index)), &mut vm, |_, _, _| {});
+        assert_eq!(touch(shared, 1), Ok(()));
+        assert_eq!(touch(shared, 2), Err(UserFaultError::NoPage));
+        assert_eq!(touch(private, 0), Err(UserFaultError::Private));
+        assert_eq!(touch(unmappable, 0), Err(UserFaultError::NoPage));
+    }
+}
