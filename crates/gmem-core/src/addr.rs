@@ -92,7 +92,7 @@ pub enum RangeError {
 }
 
 /// A range of pages, never empty and never wrapping.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PageRange<P> {
     start: P,
     end: P,

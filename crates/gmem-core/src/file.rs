@@ -377,6 +377,15 @@ impl File {
         self.large.retain(|&head, &mut level| !touches(head, level));
     }
 
+    /// The pages of every folio, present or possible, that has pages in `range`.
+    ///
+    /// A change of a part of a folio concerns whoever maps, prepares or hides the folio as a whole.
+    pub(crate) fn whole_folios(&self, range: IndexRange) -> IndexRange {
+        let last = PageIndex(range.end().0.saturating_sub(1));
+        let present = self.folio_level_at(range.start()).max(self.folio_level_at(last));
+        range.align_out(self.folio_level.max(present))
+    }
+
     /// Whether `range` cuts a large folio in two.
     #[must_use]
     pub fn cuts_folio(&self, range: IndexRange) -> bool {

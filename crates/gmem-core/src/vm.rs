@@ -127,6 +127,8 @@ pub struct Vm {
     pub(crate) private: PageSet,
     pub(crate) invalidation: Invalidation,
     pub(crate) files: BTreeMap<FileId, File>,
+    /// Changes of the VMM's mappings under way (`mn_active_invalidate_count`).
+    pub(crate) user_changes: u32,
     next_file: u32,
 }
 
@@ -141,6 +143,7 @@ impl Vm {
             private: PageSet::with_capacity(MAX_FRAMES, false),
             invalidation: Invalidation::default(),
             files: BTreeMap::new(),
+            user_changes: 0,
             next_file: 0,
         }
     }
@@ -267,6 +270,12 @@ impl Vm {
         })
     }
 
+    /// Bytes of heap that the attributes take.
+    #[must_use]
+    pub fn attribute_heap_bytes(&self) -> usize {
+        self.private.heap_bytes()
+    }
+
     /// What backs `gfn` for an access of the attribute's kind.
     #[must_use]
     pub fn view(&self, gfn: Gfn) -> View {
@@ -377,13 +386,19 @@ impl Vm {
         let mask = level.pages() - 1;
         // The kernel compares with userspace_addr even where the file serves the page.
         let skew = (slot.userspace_addr >> crate::addr::PAGE_SHIFT) ^ slot.gfns.start().0;
-        slot.gfns.covers(block) && skew & mask == 0 && self.uniform_attribute(block).is_some()
+        // A block of the file is a block of the guest only where both start at the same distance from one.
+        let file_skew = slot.binding.map_or(0, |binding| binding.first.0 ^ slot.gfns.start().0);
+        let aligned = (skew | file_skew) & mask == 0;
+        slot.gfns.covers(block) && aligned && self.uniform_attribute(block).is_some()
     }
 
     /// The filter of a change of `file`.
+    ///
+    /// Guests have the pages of a file that serves every fault on both sides. The kernel names the file's kind there, too,
+    /// but heeds it only on TDX.
     pub(crate) fn file_filter(&self, file: &File) -> Filter {
-        match (self.rules.tracking, self.rules.file_filter) {
-            (Tracking::InPlace, _) => Filter::Both,
+        match (self.serves_every_fault(file.flags()), self.rules.file_filter) {
+            (true, _) => Filter::Both,
             (_, FileFilter::Private) => Filter::Only(Side::Private),
             (_, FileFilter::Kind) => Filter::Only(file.kind()),
         }

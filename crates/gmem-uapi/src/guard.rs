@@ -47,12 +47,6 @@ impl Guards {
         touched.into_iter().filter_map(|first| self.remove(vm, first)).fold(range, GfnRange::hull)
     }
 
-    /// Whether a guard covers `gfn`.
-    pub(crate) fn covers(&self, gfn: Gfn) -> bool {
-        let before = self.by_frame.range(..=gfn).next_back();
-        before.is_some_and(|(_, guard)| guard.window.gfns().contains(gfn))
-    }
-
     /// Makes a number free that the client wants; returns the frames that lost their guard.
     pub(crate) fn release_number(&mut self, vm: BorrowedFd<'_>, number: u16) -> Option<GfnRange> {
         let (&first, _) = self.by_frame.iter().find(|(_, guard)| guard.number == number)?;

@@ -108,6 +108,10 @@ impl FileObject {
     pub(crate) fn map(&self, map: Map) -> Result<usize, Errno> {
         const MAP_TYPE: u32 = 0x0f;
         const MAP_PRIVATE: u32 = 0x02;
+        // mmap's own checks come before the file's.
+        if map.len == 0 || !map.offset.is_multiple_of(gmem_core::addr::PAGE_SIZE) {
+            return Err(Errno::INVAL);
+        }
         if !self.flags.contains(FileFlags::MMAP) {
             return Err(Errno::NODEV);
         }

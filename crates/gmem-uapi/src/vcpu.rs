@@ -153,9 +153,9 @@ impl VcpuObject {
                 (is_write && is_read_only(&state.core, gfn)) || !state.client_allows(gfn, is_write)
             }
             View::FilePage { .. } => false,
-            // An access over a guard faults. This one did not, so KVM was emulating an instruction for another reason, and
-            // its emulator takes every frame without a slot for a device.
-            View::Unbacked(_) => state.is_guarded(gfn) || (is_write && self.emulating.load(Ordering::Relaxed)),
+            // Such an access faults, over a guard. KVM takes the frame for a device only in the middle of an instruction that
+            // the client emulates anyway, or in the moment before the guard was there.
+            View::Unbacked(_) => self.emulating.load(Ordering::Relaxed),
         }
     }
 

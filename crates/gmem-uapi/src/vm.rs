@@ -123,10 +123,13 @@ impl State {
         (output, mmu.error.take().map_or(Ok(()), Err))
     }
 
-    /// What is shown to the guest at `gfn`, and where that is in this process.
+    /// What is shown to the guest at `gfn`, and where that is in this process. A slot without a window is the client's memory.
     pub(crate) fn window_at(&self, gfn: Gfn) -> Option<(usize, Shows)> {
         let slot = self.core.slots().at(0, gfn)?;
-        self.mmu.windows.get(&slot.id)?.at(gfn)
+        match self.mmu.windows.get(&slot.id) {
+            Some(window) => window.at(gfn),
+            None => usize::try_from(slot.hva_of(gfn)).ok().map(|address| (address, Shows::Client(address))),
+        }
     }
 
     /// Whether the client has memory behind `gfn` that can be read, or written.
@@ -134,11 +137,6 @@ impl State {
         let Some(slot) = self.core.slots().at(0, gfn) else { return false };
         let Some(window) = self.mmu.windows.get(&slot.id) else { return true };
         usize::try_from(slot.hva_of(gfn)).is_ok_and(|address| window.client_allows(address, write))
-    }
-
-    /// Whether an access to `gfn` faults although it has no slot.
-    pub(crate) fn is_guarded(&self, gfn: Gfn) -> bool {
-        self.guards.covers(gfn)
     }
 
     pub(crate) fn backing(&self, file: FileId) -> Option<&Backing> {

@@ -18,6 +18,7 @@ pub struct CloseFile {
     zaps: Vec<GfnRange>,
     filter: Filter,
     begun: Option<Begun>,
+    frees: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -39,7 +40,7 @@ impl CloseFile {
     /// Closes `file`.
     #[must_use]
     pub fn new(file: FileId) -> Self {
-        Self { file, state: State::LockSlots, zaps: Vec::new(), filter: Filter::Both, begun: None }
+        Self { file, state: State::LockSlots, zaps: Vec::new(), filter: Filter::Both, begun: None, frees: false }
     }
 
     fn next(&mut self, state: State, action: Action) -> Step<()> {
@@ -48,9 +49,12 @@ impl CloseFile {
     }
 
     fn begin(&mut self, vm: &mut Vm) -> Step<()> {
-        let Some((file, all)) = vm.files.get(&self.file).and_then(|file| Some((file, file.all_pages()?))) else {
+        // Only the first of two closes frees; there is nothing left for another one to lock.
+        let open = vm.files.get(&self.file).filter(|file| file.is_open());
+        let Some((file, all)) = open.and_then(|file| Some((file, file.all_pages()?))) else {
             return self.next(State::End, Action::Continue);
         };
+        self.frees = true;
         self.zaps = vm.frames_of(file, all);
         self.filter = vm.file_filter(file);
         self.forget(vm);
@@ -91,7 +95,8 @@ impl CloseFile {
     }
 
     fn pages(&self, vm: &Vm) -> Option<Pages> {
-        Some(Pages { file: self.file, range: vm.file(self.file)?.all_pages()? })
+        let all = vm.file(self.file).filter(|_| self.frees)?.all_pages()?;
+        Some(Pages { file: self.file, range: all })
     }
 
     fn restore_direct_map(&mut self, vm: &mut Vm) -> Step<()> {

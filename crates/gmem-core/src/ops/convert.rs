@@ -24,6 +24,7 @@ pub struct ConvertInPlace {
     to: Side,
     state: State,
     zaps: Vec<GfnRange>,
+    refills: Vec<GfnRange>,
     begun: Option<Begun>,
 }
 
@@ -35,6 +36,7 @@ enum State {
     Begin,
     Zap,
     Store,
+    Refill,
     End,
     Done(Result<(), ConvertError>),
 }
@@ -45,7 +47,14 @@ impl ConvertInPlace {
     /// Puts `range` of `file` on side `to`.
     #[must_use]
     pub fn new(file: FileId, range: IndexRange, to: Side) -> Self {
-        Self { pages: Pages { file, range }, to, state: State::Lock, zaps: Vec::new(), begun: None }
+        Self {
+            pages: Pages { file, range },
+            to,
+            state: State::Lock,
+            zaps: Vec::new(),
+            refills: Vec::new(),
+            begun: None,
+        }
     }
 
     fn next(&mut self, state: State, action: Action) -> Step<Output> {
@@ -93,8 +102,15 @@ impl ConvertInPlace {
 
     fn store(&mut self, vm: &mut Vm) -> Step<Output> {
         self.change_side(vm);
-        let refill = vm.file(self.pages.file).and_then(|file| vm.frames_of(file, self.pages.range).into_iter().next());
-        self.next(State::End, refill.map_or(Action::Continue, Action::Refill))
+        self.refills = vm.file(self.pages.file).map(|file| vm.frames_of(file, self.pages.range)).unwrap_or_default();
+        self.refill()
+    }
+
+    fn refill(&mut self) -> Step<Output> {
+        match self.refills.pop() {
+            Some(range) => self.next(State::Refill, Action::Refill(range)),
+            None => self.next(State::End, Action::Continue),
+        }
     }
 
     fn change_side(&self, vm: &mut Vm) {
@@ -136,6 +152,7 @@ impl Operation for ConvertInPlace {
             State::Begin => self.begin(vm),
             State::Zap => self.zap(),
             State::Store => self.store(vm),
+            State::Refill => self.refill(),
             State::End => self.end(vm),
             State::Done(result) => Step::Done(result),
         }
@@ -143,7 +160,7 @@ impl Operation for ConvertInPlace {
 
     fn reach(&self) -> Reach {
         match self.state {
-            State::Lock | State::Zap | State::Done(_) => Reach::NOTHING,
+            State::Lock | State::Zap | State::Refill | State::Done(_) => Reach::NOTHING,
             State::Check | State::References => Reach::reads(Parts::FILES),
             State::Begin => Reach::writes(Parts::INVALIDATION).and_reads(Parts::SLOTS | Parts::FILES),
             State::Store => Reach::writes(Parts::FILES | Parts::ARCH).and_reads(Parts::SLOTS),

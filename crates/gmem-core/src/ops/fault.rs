@@ -90,7 +90,8 @@ enum State {
 struct Target {
     slot: SlotId,
     side: Side,
-    from_file: bool,
+    /// The file whose lock is held. What the slot says may change when the file is closed.
+    locked: Option<FileId>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -154,11 +155,11 @@ impl Fault {
         if slot.invalid {
             return self.dying_slot(vm);
         }
-        let target = Target { slot: slot.id, side, from_file: false };
+        let target = Target { slot: slot.id, side, locked: None };
         match slot.binding {
             None if side == Side::Private => self.end(FaultEnd::MemoryFault(self.memory_fault(side))),
             Some(binding) if side == Side::Private || binding.file_only => {
-                self.state = State::LockFile(snapshot, Target { from_file: true, ..target });
+                self.state = State::LockFile(snapshot, target);
                 Step::Do(Action::Continue)
             }
             _ => {
@@ -182,25 +183,22 @@ impl Fault {
 
     /// With in-place conversion the file decides what is private, so the lookup excludes conversions.
     fn lock_file(&mut self, vm: &mut Vm, snapshot: Snapshot, target: Target) -> Step<FaultEnd> {
-        self.state = State::TakePage(snapshot, target);
-        match self.locked_file(vm, target) {
+        let in_place = vm.rules.tracking == Tracking::InPlace;
+        let locked = in_place.then(|| vm.slots.get(target.slot)?.binding?.file).flatten();
+        self.state = State::TakePage(snapshot, Target { locked, ..target });
+        match locked {
             Some(file) => Step::Do(Action::Lock(Lock::FileShared(file))),
             None => self.step(vm),
         }
     }
 
-    fn locked_file(&self, vm: &Vm, target: Target) -> Option<FileId> {
-        let in_place = vm.rules.tracking == Tracking::InPlace;
-        in_place.then(|| vm.slots.get(target.slot)?.binding?.file).flatten()
-    }
-
     fn take_page(&mut self, vm: &mut Vm, snapshot: Snapshot, target: Target) -> Step<FaultEnd> {
         let (file, index, folio) = match vm.take_page(target.slot, self.access.gfn) {
             Ok(page) => page,
-            Err(error) => return self.page_error(vm, target, error),
+            Err(error) => return self.page_error(target, error),
         };
         let Some(inode) = vm.files.get(&file) else {
-            return self.page_error(vm, target, GetPageError::NoFile);
+            return self.page_error(target, GetPageError::NoFile);
         };
         let taken =
             Taken { pfn: inode.pfn(index), level: inode.folio_level_at(index), page: Some((file, index, folio.pages)) };
@@ -210,6 +208,9 @@ impl Fault {
 
     /// Whether the bytes are someone else's is known only under the folio's lock: another fault may have been faster.
     fn zero(&mut self, vm: &mut Vm, snapshot: Snapshot, target: Target, taken: Taken) -> Step<FaultEnd> {
+        if !still_there(vm, taken) {
+            return self.unlock_folio(vm, taken, State::Fail(target, FaultEnd::Retry));
+        }
         self.state = State::MakePrivate(snapshot, target, taken);
         let stale = taken.page.and_then(|(file, index, folio)| {
             let inode = vm.files.get_mut(&file).filter(|inode| !inode.is_up_to_date(index))?;
@@ -227,19 +228,19 @@ impl Fault {
         }
     }
 
-    fn page_error(&mut self, vm: &Vm, target: Target, error: GetPageError) -> Step<FaultEnd> {
+    fn page_error(&mut self, target: Target, error: GetPageError) -> Step<FaultEnd> {
         let fault = self.memory_fault(target.side);
         let end = match error {
             GetPageError::NoFile => FaultEnd::MemoryFault(fault),
             GetPageError::NotBound | GetPageError::Poisoned => FaultEnd::PageError(fault, error),
         };
-        self.unlock_then(vm, target, end)
+        self.unlock_then(target, end)
     }
 
-    fn unlock_then(&mut self, vm: &Vm, target: Target, end: FaultEnd) -> Step<FaultEnd> {
-        match self.locked_file(vm, target).filter(|_| target.from_file) {
+    fn unlock_then(&mut self, target: Target, end: FaultEnd) -> Step<FaultEnd> {
+        match target.locked {
             Some(file) => {
-                self.state = State::UnlockFile(file, end);
+                self.state = State::End(end);
                 Step::Do(Action::Unlock(Lock::FileShared(file)))
             }
             None => self.end(end),
@@ -285,24 +286,24 @@ impl Fault {
     /// Under mmu_lock: stale or map.
     fn commit(&mut self, vm: &mut Vm, snapshot: Snapshot, target: Target, taken: Taken) -> Step<FaultEnd> {
         if vm.invalidation.is_stale(snapshot, self.access.gfn) {
-            return self.unlock_then(vm, target, FaultEnd::Retry);
+            return self.unlock_then(target, FaultEnd::Retry);
         }
         let mapping = self.mapping(vm, target, taken);
         if let Err(refusal) = vm.arch.map(mapping) {
-            return self.refused_map(vm, target, refusal);
+            return self.refused_map(target, refusal);
         }
-        self.state = match self.locked_file(vm, target).filter(|_| target.from_file) {
+        self.state = match target.locked {
             Some(file) => State::UnlockFile(file, FaultEnd::Mapped(mapping)),
             None => State::End(FaultEnd::Mapped(mapping)),
         };
         Step::Do(Action::Map(mapping))
     }
 
-    fn refused_map(&mut self, vm: &Vm, target: Target, refusal: Refusal) -> Step<FaultEnd> {
+    fn refused_map(&mut self, target: Target, refusal: Refusal) -> Step<FaultEnd> {
         let busy = refusal.cause == crate::vendor::Cause::Busy;
         let fault = self.memory_fault(target.side);
         let end = if busy { FaultEnd::Retry } else { FaultEnd::Refused(fault, refusal) };
-        self.unlock_then(vm, target, end)
+        self.unlock_then(target, end)
     }
 
     fn mapping(&self, vm: &Vm, target: Target, taken: Taken) -> Mapping {
@@ -314,6 +315,14 @@ impl Fault {
         let pfn = Pfn(taken.pfn.0.wrapping_sub(gfn.0 - head.0));
         Mapping { gfn: head, pfn, level, side: target.side }
     }
+}
+
+/// Whether the folio is what it was when it was looked up: until its lock was had it could be freed or split, and others of its
+/// pages may be in use (`filemap_lock_folio()` looks again, too).
+fn still_there(vm: &Vm, taken: Taken) -> bool {
+    taken.page.is_none_or(|(file, index, folio)| {
+        vm.files.get(&file).is_some_and(|file| file.folio_range(index) == Some(folio))
+    })
 }
 
 impl Operation for Fault {
@@ -342,7 +351,7 @@ impl Operation for Fault {
             State::UnlockFolio(snapshot, target, taken) => {
                 self.unlock_folio(vm, taken, State::Commit(snapshot, target, taken))
             }
-            State::Fail(target, end) => self.unlock_then(vm, target, end),
+            State::Fail(target, end) => self.unlock_then(target, end),
             State::MakePrivate(snapshot, target, taken) => self.make_private(vm, snapshot, target, taken),
             State::LeaveDirectMap(snapshot, target, taken) => self.leave_direct_map(vm, snapshot, target, taken),
             State::FlushDirectMap(snapshot, target, taken) => self.flush_direct_map(vm, snapshot, target, taken),

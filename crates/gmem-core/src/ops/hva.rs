@@ -42,6 +42,7 @@ impl ChangeUserMapping {
 
     fn begin(&mut self, vm: &mut Vm) -> Step<Vec<GfnRange>> {
         self.zaps = frames_at(vm, self.start, self.end);
+        vm.user_changes = vm.user_changes.saturating_add(1);
         let begun = vm.invalidation.begin();
         for gfns in &self.zaps {
             vm.invalidation.add(&begun, *gfns);
@@ -60,6 +61,7 @@ impl ChangeUserMapping {
     fn end(&mut self, vm: &mut Vm) -> Step<Vec<GfnRange>> {
         if let Some(begun) = self.begun.take() {
             vm.invalidation.end(begun);
+            vm.user_changes = vm.user_changes.saturating_sub(1);
         }
         self.state = State::Done;
         Step::Done(frames_at(vm, self.start, self.end))

@@ -173,7 +173,7 @@ pub enum Action {
 }
 
 /// Pages of a file.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct Pages {
     /// The file.
     pub file: FileId,
@@ -192,7 +192,7 @@ pub enum DirectMap {
 
 /// The kernel's locks that operations take, in the order in which they may be taken. mmu_lock is not among them: what is
 /// done under it is one step.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub enum Lock {
     /// `slots_lock` of the VM.
     Slots,

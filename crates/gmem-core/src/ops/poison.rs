@@ -36,16 +36,27 @@ impl MemoryFailure {
     }
 
     fn begin(&mut self, vm: &mut Vm) -> Step<()> {
+        let page = PageRange::page(self.index);
+        // Memory fails, and an absent page has none.
+        let file = vm.files.get(&self.file).filter(|file| file.is_present(self.index));
+        let Some(file) = file else { return self.next(State::End, Action::Continue) };
+        let (gfns, filter) = (vm.frames_of(file, page), vm.file_filter(file));
+        let covered = vm.frames_of(file, file.whole_folios(page));
         if let Some(file) = vm.files.get_mut(&self.file) {
+            // The other pages of a large folio stay usable, which they are only as folios of their own.
+            file.split(page);
             file.poison(self.index);
         }
-        let Some(file) = vm.files.get(&self.file) else { return self.next(State::End, Action::Continue) };
-        let (gfns, filter) = (vm.frames_of(file, PageRange::page(self.index)), vm.file_filter(file));
-        let Some(&range) = gfns.first() else { return self.next(State::End, Action::Continue) };
+        if covered.is_empty() {
+            return self.next(State::End, Action::Continue);
+        }
         let begun = vm.invalidation.begin();
-        vm.invalidation.add(&begun, range);
+        for range in covered {
+            vm.invalidation.add(&begun, range);
+        }
         self.begun = Some(begun);
-        self.next(State::Flush, Action::Zap { range, filter })
+        let zap = gfns.first().map(|&range| Action::Zap { range, filter });
+        self.next(State::Flush, zap.unwrap_or(Action::Continue))
     }
 
     fn end(&mut self, vm: &mut Vm) -> Step<()> {

@@ -71,18 +71,24 @@ impl PunchHole {
         Step::Do(Action::Continue)
     }
 
-    /// Without a bound slot the MMU is not touched at all.
+    /// Without a bound slot the MMU is not touched at all. What goes is the hole; what faults must not take for granted
+    /// meanwhile are the folios that it touches.
     fn begin(&mut self, vm: &mut Vm) -> Step<Result<(), PunchError>> {
         let Pages { file, range } = self.pages;
+        let mut covered = Vec::new();
         if let Some(file) = vm.files.get(&file) {
             self.zaps = vm.frames_of(file, range);
             self.filter = vm.file_filter(file);
+            covered = vm.frames_of(file, file.whole_folios(range));
         }
-        if self.zaps.is_empty() {
+        if covered.is_empty() {
             self.state = State::LockFolios;
             return Step::Do(Action::Continue);
         }
         let begun = vm.invalidation.begin();
+        for gfns in covered {
+            vm.invalidation.add(&begun, gfns);
+        }
         for gfns in &self.zaps {
             vm.invalidation.add(&begun, vm.could_be_mapped_with(file, *gfns));
             vm.arch.invalidate(*gfns);

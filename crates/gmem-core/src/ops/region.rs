@@ -80,6 +80,8 @@ enum Change {
 pub struct SetRegion {
     claim: Claim,
     state: State,
+    /// Whose bindings change, while its lock is held.
+    file: Option<FileId>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -102,7 +104,7 @@ impl SetRegion {
     /// Carries `claim` out, or refuses it.
     #[must_use]
     pub fn new(claim: Claim) -> Self {
-        Self { claim, state: State::Lock }
+        Self { claim, state: State::Lock, file: None }
     }
 
     fn next(&mut self, state: State, action: Action) -> Step<Output> {
@@ -160,7 +162,12 @@ impl SetRegion {
         }
     }
 
+    /// Slots stay where they are while the VMM changes mappings that they show: the change covers the frames that it found,
+    /// and a fault on new ones would find the old page (`kvm_swap_active_memslots()` waits, too).
     fn commit(&mut self, vm: &mut Vm, change: Change) -> Step<Output> {
+        if vm.user_changes > 0 {
+            return self.next(State::Commit(change), Action::Continue);
+        }
         let file = bound_file(vm, &change);
         let refill = apply(vm, change);
         let next = file.map_or(State::Unlock, State::UnlockFile);
