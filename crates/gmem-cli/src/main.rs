@@ -8,6 +8,7 @@ mod measure;
 mod probe;
 mod run;
 mod types;
+mod vendors;
 
 use std::process::ExitCode;
 
@@ -39,6 +40,8 @@ enum Command {
     /// Compute the launch measurement that a verifier must expect, without the hardware.
     #[command(subcommand)]
     Measure(measure::Command),
+    /// Show what happens to a guest's memory on each architecture.
+    Vendors(vendors::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Litmus(arguments) => litmus::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Measure(command) => measure::run(&command).map(|()| ExitCode::SUCCESS),
+        Command::Vendors(arguments) => vendors::run(&arguments),
     };
     match result {
         Ok(code) => code,

@@ -14,11 +14,10 @@ use crate::vendor::cca::{self, Cca};
 use crate::vendor::pkvm::{PageState, Pkvm};
 use crate::vendor::sev::{Sev, SevKind};
 use crate::vendor::snp::Snp;
-use crate::vendor::snp::guest::Validation;
-use crate::vendor::tdx::{self, Tdx};
+use crate::vendor::tdx::Tdx;
 use crate::vendor::{
-    AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate, Refusal,
-    Side, Status,
+    Acceptance, AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
+    Refusal, Side, Status,
 };
 
 /// The architecture of a VM.
@@ -223,8 +222,8 @@ impl Arch {
         let before = self.guest_probe(mapping);
         let outcome = match self {
             Self::Default | Self::SwProtected | Self::Sev(_) | Self::Pkvm(_) => return Ok(Contents::Kept),
-            Self::Snp(snp) => snp.guest_accept(mapping, Validation::Validate),
-            Self::Tdx(tdx) => tdx.guest_accept(mapping, tdx::Acceptance::Accept),
+            Self::Snp(snp) => snp.guest_accept(mapping, Acceptance::Accept),
+            Self::Tdx(tdx) => tdx.guest_accept(mapping, Acceptance::Accept),
             Self::Cca(_) if before == GuestOutcome::Done => return Ok(Contents::Kept),
             Self::Cca(cca) => accept_ripas(cca, mapping),
         };
@@ -291,7 +290,7 @@ fn is_assigned(cca: &Cca, gfn: Gfn) -> bool {
 
 /// The realm asks for RAM, the host grants it.
 fn accept_ripas(cca: &mut Cca, mapping: Mapping) -> GuestOutcome {
-    match cca.guest_accept(mapping, cca::Acceptance::Accept) {
+    match cca.guest_accept(mapping, Acceptance::Accept) {
         GuestOutcome::Exit(ExitReason::RipasChange) => {
             let range = PageRange::with_len(mapping.gfn, mapping.level.pages());
             let granted = range.is_some_and(|range| cca.convert(range, Side::Private).is_ok());

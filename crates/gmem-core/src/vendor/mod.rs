@@ -22,7 +22,9 @@
 //!
 //! A refused verb or command changes nothing.
 
+pub mod bytes;
 pub mod cca;
+pub mod consequences;
 pub mod pkvm;
 pub mod sev;
 pub mod snp;
@@ -116,6 +118,16 @@ pub enum Contents {
     Zeroed,
     /// Neither the old bytes nor zero can be relied on: wrong key, another owner, never written.
     Undefined,
+}
+
+/// What a guest does about a page on its own side: the argument of every `guest_accept`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Acceptance {
+    /// Makes the page its own: PVALIDATE, TDG.MEM.PAGE.ACCEPT, RSI_IPA_STATE_SET to RAM (giving up the content of
+    /// destroyed memory), pKVM MEM_UNSHARE.
+    Accept,
+    /// Gives the page up: PVALIDATE with 0, RSI_IPA_STATE_SET to EMPTY, pKVM MEM_SHARE. TDX guests have no such call.
+    GiveUp,
 }
 
 /// How a guest touches memory.

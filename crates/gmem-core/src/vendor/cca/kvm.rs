@@ -14,7 +14,7 @@ use super::rtt::{Entry, Rtt, shift};
 use crate::addr::{Gfn, GfnRange, Level, PAGE_SIZE, PageNumber, Pfn, PfnRange};
 use crate::measure::cca::{HashAlgo, RecParams as BootState};
 use crate::vendor::{
-    AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
+    Acceptance, AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
     PopulateKind, Refusal, Side, Status,
 };
 use alloc::collections::BTreeSet;
@@ -67,15 +67,6 @@ impl fmt::Display for CreateError {
 }
 
 impl core::error::Error for CreateError {}
-
-/// Which RIPAS a realm asks for.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Acceptance {
-    /// RSI_IPA_STATE_SET to RAM, losing the content of destroyed memory.
-    Accept,
-    /// RSI_IPA_STATE_SET to EMPTY: the realm gives the memory up.
-    GiveUp,
-}
 
 /// Granules for tables and control structures.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]

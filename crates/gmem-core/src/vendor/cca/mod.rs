@@ -28,7 +28,7 @@ mod rtt;
 mod tests;
 
 pub use data::Source;
-pub use kvm::{Acceptance, Cca, Config, CreateError};
+pub use kvm::{Cca, Config, CreateError};
 pub use rec::{
     ENTER_EMUL_MMIO, ENTER_INJECT_SEA, ENTER_RIPAS_REJECT, ExitKind, RealmOutcome, RealmStep, Rec, RecEntry, RecExit,
     RipasChange, StepError, rsi,

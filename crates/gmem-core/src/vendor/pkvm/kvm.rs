@@ -3,7 +3,7 @@
 use super::el2::{El2, Error, GuestPage, PageState, VmHandle};
 use crate::addr::{Gfn, GfnRange, Level, PageNumber, Pfn, PfnRange};
 use crate::vendor::{
-    AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
+    Acceptance, AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
     PopulateKind, Refusal, Side, Status,
 };
 use alloc::vec::Vec;
@@ -12,15 +12,6 @@ use alloc::vec::Vec;
 const VM: VmHandle = VmHandle(1);
 /// Physical memory of the model, in pages: 48 bits.
 const MEMORY_PAGES: u64 = 1 << 36;
-
-/// What a guest asks for with a hypercall.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Sharing {
-    /// MEM_SHARE: the host may reach the page.
-    Share,
-    /// MEM_UNSHARE: it may no longer.
-    Unshare,
-}
 
 /// One virtual machine under pKVM.
 ///
@@ -212,13 +203,13 @@ impl Pkvm {
         }
     }
 
-    /// The guest shares pages with the host or takes them back. A page that it does not have yet makes the host map it
+    /// The guest shares pages with the host (gives them up) or takes them back. A page that it does not have yet makes the host map it
     /// first.
-    pub fn guest_accept(&mut self, mapping: Mapping, sharing: Sharing) -> GuestOutcome {
+    pub fn guest_accept(&mut self, mapping: Mapping, acceptance: Acceptance) -> GuestOutcome {
         for (gfn, _) in pages(mapping) {
-            let done = match sharing {
-                Sharing::Share => self.el2.guest_share_host(VM, gfn),
-                Sharing::Unshare => self.el2.guest_unshare_host(VM, gfn),
+            let done = match acceptance {
+                Acceptance::GiveUp => self.el2.guest_share_host(VM, gfn),
+                Acceptance::Accept => self.el2.guest_unshare_host(VM, gfn),
             };
             match done {
                 Ok(()) => {}

@@ -20,4 +20,4 @@ mod kvm;
 mod tests;
 
 pub use el2::{El2, Error, GuestPage, PageState, Physical, VmHandle};
-pub use kvm::{Pkvm, Sharing};
+pub use kvm::Pkvm;

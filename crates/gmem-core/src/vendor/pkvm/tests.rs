@@ -3,7 +3,7 @@
 use super::*;
 use crate::addr::{Gfn, GfnRange, Level, PageRange, Pfn, PfnRange};
 use crate::vendor::{
-    AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
+    Acceptance, AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
     PopulateKind, Side, Status,
 };
 use PageState::{NoPage, Owned, SharedBorrowed, SharedOwned};
@@ -282,7 +282,7 @@ fn a_donated_page_is_gone_until_it_is_taken_by_force() {
     assert_eq!(vm.host_access(Pfn(7), AccessKind::Load), HostOutcome::Plain);
     let poisoned = GuestOutcome::Exit(ExitReason::Poisoned);
     assert_eq!(vm.guest_access(private(1, 7), AccessKind::Load), poisoned);
-    assert_eq!(vm.guest_accept(private(1, 7), Sharing::Share), poisoned);
+    assert_eq!(vm.guest_accept(private(1, 7), Acceptance::GiveUp), poisoned);
     assert_eq!(vm.map(private(1, 8)).unwrap_err().cause, Cause::NotOwner, "poison stays");
 }
 
@@ -292,14 +292,14 @@ fn the_guest_decides_what_the_host_may_reach() {
     vm.map(private(1, 7)).unwrap();
     let range = GfnRange::page(Gfn(1));
     assert_eq!(vm.convert(range, Side::Shared).unwrap_err().cause, Cause::NotSupported);
-    assert_eq!(vm.guest_accept(private(1, 7), Sharing::Share), GuestOutcome::Done);
+    assert_eq!(vm.guest_accept(private(1, 7), Acceptance::GiveUp), GuestOutcome::Done);
     vm.convert(range, Side::Shared).unwrap();
     assert_eq!(vm.host_access(Pfn(7), AccessKind::Store), HostOutcome::Plain);
     let refused = GuestOutcome::Exception(GuestException::CallRefused);
-    assert_eq!(vm.guest_accept(private(1, 7), Sharing::Share), refused);
-    assert_eq!(vm.guest_accept(private(1, 7), Sharing::Unshare), GuestOutcome::Done);
+    assert_eq!(vm.guest_accept(private(1, 7), Acceptance::GiveUp), refused);
+    assert_eq!(vm.guest_accept(private(1, 7), Acceptance::Accept), GuestOutcome::Done);
     let absent = GuestOutcome::Exit(ExitReason::NotPresent);
-    assert_eq!(vm.guest_accept(private(5, 0), Sharing::Share), absent);
+    assert_eq!(vm.guest_accept(private(5, 0), Acceptance::GiveUp), absent);
 }
 
 #[test]
@@ -310,7 +310,7 @@ fn teardown_gives_everything_back() {
     }
     let block = Mapping { gfn: Gfn(512), pfn: Pfn(1024), level: Level::Page2M, side: Side::Shared };
     vm.map(block).unwrap();
-    vm.guest_accept(private(0, 0), Sharing::Share);
+    vm.guest_accept(private(0, 0), Acceptance::GiveUp);
     assert_eq!(vm.reclaim(PfnRange::with_len(Pfn(101), 2).unwrap()), Contents::Zeroed);
     vm.destroy();
     assert!(vm.is_dead());

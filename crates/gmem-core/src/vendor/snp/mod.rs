@@ -36,7 +36,7 @@ use self::firmware::{FwError, GuestState, IdBlock, LaunchStart, LaunchUpdate, Lo
 use self::guest::{Access, Caller, Fault, GuestError, Npf, Translation, Validation};
 use self::rmp::{Asid, Permissions, Rmp, RmpError, RmpSize, RmpUpdate};
 use super::{
-    AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
+    Acceptance, AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
     PopulateKind, Refusal, Side, Status,
 };
 use crate::addr::{Gfn, GfnRange, Level, PageNumber, Pfn, PfnRange};
@@ -354,7 +354,11 @@ impl Snp {
 
     /// The guest validates the pages of a mapping or gives them back, as Linux does: a 2 MiB request that PVALIDATE
     /// answers with a code is repeated page by page. A page that was in the wanted state already counts as done.
-    pub fn guest_accept(&mut self, mapping: Mapping, to: Validation) -> GuestOutcome {
+    pub fn guest_accept(&mut self, mapping: Mapping, acceptance: Acceptance) -> GuestOutcome {
+        let to = match acceptance {
+            Acceptance::Accept => Validation::Validate,
+            Acceptance::GiveUp => Validation::Rescind,
+        };
         let size = if mapping.level == Level::Page4K { RmpSize::Page4K } else { RmpSize::Page2M };
         self.accept_parts(mapping, size, to)
     }

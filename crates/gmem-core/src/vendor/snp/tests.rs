@@ -570,7 +570,7 @@ mod verbs {
         snp.make_private(Gfn(9), Pfn(3)).unwrap();
         snp.map(mapping).unwrap();
         assert_eq!(snp.guest_access(mapping, AccessKind::Load), NOT_VALIDATED);
-        assert_eq!(snp.guest_accept(mapping, Validation::Validate), GuestOutcome::Done);
+        assert_eq!(snp.guest_accept(mapping, Acceptance::Accept), GuestOutcome::Done);
         assert_eq!(snp.guest_access(mapping, AccessKind::Store), GuestOutcome::Done);
         assert_eq!(snp.host_access(Pfn(3), AccessKind::Store), HostOutcome::Fault);
         assert_eq!(snp.host_access(Pfn(3), AccessKind::Load), HostOutcome::Ciphertext);
@@ -619,21 +619,17 @@ mod verbs {
         let small = private_mapping(1030, 518, Level::Page2M);
         let accept = Mapping { level: Level::Page4K, ..small };
         let sizem = GuestOutcome::Exit(ExitReason::Rmp { size_mismatch: true, vmpl: false });
-        assert_eq!(snp.guest_accept(accept, Validation::Validate), sizem);
+        assert_eq!(snp.guest_accept(accept, Acceptance::Accept), sizem);
         let zap = GfnRange::with_len(Gfn(1024), 512).unwrap();
         assert_eq!(snp.rmp_fault(Gfn(1030), Some(Pfn(518)), Side::Private), RmpFault::Smashed { zap });
         assert_eq!(snp.rmp_fault(Gfn(1030), Some(Pfn(518)), Side::Private), RmpFault::Spurious);
         assert_eq!(snp.rmp_fault(Gfn(1030), Some(Pfn(518)), Side::Shared), RmpFault::Ignored);
         assert_eq!(snp.rmp_fault(Gfn(1030), None, Side::Private), RmpFault::Ignored);
-        assert_eq!(snp.guest_accept(accept, Validation::Validate), GuestOutcome::Done);
+        assert_eq!(snp.guest_accept(accept, Acceptance::Accept), GuestOutcome::Done);
         let odd = private_mapping(1025, 513, Level::Page2M);
-        assert_ne!(
-            snp.clone().guest_accept(odd, Validation::Validate),
-            GuestOutcome::Done,
-            "it ends outside the entry"
-        );
+        assert_ne!(snp.clone().guest_accept(odd, Acceptance::Accept), GuestOutcome::Done, "it ends outside the entry");
         let whole = private_mapping(1024, 512, Level::Page2M);
-        assert_eq!(snp.guest_accept(whole, Validation::Validate), GuestOutcome::Done);
+        assert_eq!(snp.guest_accept(whole, Acceptance::Accept), GuestOutcome::Done);
         assert_eq!(snp.guest_access(private_mapping(1535, 1023, Level::Page4K), AccessKind::Fetch), GuestOutcome::Done);
     }
 
@@ -642,7 +638,7 @@ mod verbs {
         let mut snp = Snp::default();
         snp.prepare(Gfn(512), Pfn(512), Level::Page2M).unwrap();
         let large = private_mapping(512, 512, Level::Page2M);
-        assert_eq!(snp.guest_accept(large, Validation::Validate), GuestOutcome::Done);
+        assert_eq!(snp.guest_accept(large, Acceptance::Accept), GuestOutcome::Done);
         let part = PfnRange::with_len(Pfn(600), 8).unwrap();
         assert_eq!(snp.reclaim(part), Contents::Undefined);
         let around = |pfn: u64| snp.clone().guest_access(private_mapping(pfn, pfn, Level::Page4K), AccessKind::Load);

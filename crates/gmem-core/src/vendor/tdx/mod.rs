@@ -41,7 +41,6 @@ use tracking::{Tracking, VcpuError};
 
 pub use commands::{Command, NotModelled};
 pub use guest::{Accepted, EptViolation};
-pub use verbs::Acceptance;
 
 /// An operand that names no page: all ones.
 pub const NULL_PA: u64 = u64::MAX;

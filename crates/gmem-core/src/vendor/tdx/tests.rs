@@ -3,7 +3,8 @@ use super::status::{Operand, TdxStatus as T};
 use super::*;
 use crate::addr::{Gfn, Level};
 use crate::vendor::{
-    AccessKind, Cause, Contents, ExitReason, GuestOutcome, HostOutcome, Mapping, Populate, PopulateKind, Side,
+    Acceptance, AccessKind, Cause, Contents, ExitReason, GuestOutcome, HostOutcome, Mapping, Populate, PopulateKind,
+    Side,
 };
 use alloc::vec::Vec;
 

@@ -11,18 +11,9 @@ use super::tables::OpState;
 use super::{Accepted, Answer, Lifecycle, PageInfo, Tdx};
 use crate::addr::{Gfn, GfnRange, Level, PageNumber, Pfn, PfnRange};
 use crate::vendor::{
-    AccessKind, Cause, Contents, ExitReason, GuestOutcome, HostOutcome, Mapping, Populate, PopulateKind, Refusal, Side,
-    Status,
+    Acceptance, AccessKind, Cause, Contents, ExitReason, GuestOutcome, HostOutcome, Mapping, Populate, PopulateKind,
+    Refusal, Side, Status,
 };
-
-/// What a guest does about its own acceptance of a page.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Acceptance {
-    /// Take the page.
-    Accept,
-    /// Give it up. TDX guests have no such instruction.
-    Rescind,
-}
 
 impl Tdx {
     /// Whether an access is private: the guest says so with the shared bit of the address.
@@ -211,7 +202,7 @@ impl Tdx {
 
     /// The guest accepts a page, as often as interrupts make it try. `Done` if the instruction returned, whatever it said.
     pub fn guest_accept(&mut self, mapping: Mapping, what: Acceptance) -> GuestOutcome {
-        if mapping.side == Side::Shared || what == Acceptance::Rescind {
+        if mapping.side == Side::Shared || what == Acceptance::GiveUp {
             return GuestOutcome::Done;
         }
         let at = page_info(mapping.gfn, level_number(mapping.level));

@@ -5,7 +5,7 @@ use crate::addr::{Gfn, GfnRange, Level, Pfn, PfnRange};
 use crate::measure::cca::{HashAlgo, Step};
 use crate::vendor::cca::*;
 use crate::vendor::{
-    AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
+    Acceptance, AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
     PopulateKind, Side, Status,
 };
 

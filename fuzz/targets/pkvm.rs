@@ -1,0 +1,6 @@
+//! Arbitrary commands to the model: no panic, and a refused command changes nothing.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    gmem_core::vendor::bytes::pkvm(bytes).expect("a refused command changed something");
+});
