@@ -33,7 +33,8 @@ done < /shares
 
 # The command's standard output has a serial line of its own, byte for byte; everything else goes to the console.
 stty -F /dev/ttyS1 raw -echo
-chroot /mnt /bin/sh /run/gmem/command </dev/null >/dev/ttyS1 2>/dev/console
+read -r xtask < /xtask
+chroot /mnt "$xtask" hold-vm -- /bin/sh /run/gmem/command </dev/null >/dev/ttyS1 2>/dev/console
 echo $? > /mnt/run/gmem/status
 sync
 poweroff -f

@@ -7,6 +7,7 @@ mod apt;
 mod bench;
 mod ci;
 mod conform;
+mod hold;
 mod kernels;
 mod selftests;
 mod source;
@@ -35,6 +36,8 @@ enum Task {
     Conform(conform::Args),
     Bench(bench::Args),
     Ci(ci::Args),
+    #[command(hide = true)]
+    HoldVm(hold::Args),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Task::Conform(args) => conform::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Ci(args) => ci::run(&args),
+        Task::HoldVm(args) => hold::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");

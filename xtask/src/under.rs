@@ -41,6 +41,9 @@ pub(crate) struct Gmem {
     /// The profile that `gmem run` gets
     #[arg(long, value_name = "PROFILE")]
     pub(crate) profile: Option<String>,
+    /// The VM types that `gmem run` offers
+    #[arg(long, value_name = "TYPES")]
+    pub(crate) types: Option<String>,
     /// A gmem binary; this checkout's, in release form, without
     #[arg(long, value_name = "FILE")]
     pub(crate) gmem: Option<PathBuf>,
@@ -58,19 +61,23 @@ impl Gmem {
         if !help.contains("--profile") {
             bail!(Missing(format!("`gmem run` in {}", path.display())));
         }
-        Ok(Self { profile: self.profile.clone(), gmem: Some(path) })
+        Ok(Self { gmem: Some(path), ..self.clone() })
     }
 
     /// The options that say the same to another xtask.
     pub(crate) fn arguments(&self) -> Vec<OsString> {
-        let mut arguments = Vec::new();
-        if let Some(profile) = &self.profile {
-            arguments.extend(["--profile".into(), profile.into()]);
-        }
+        let mut arguments = self.options();
         if let Some(gmem) = &self.gmem {
             arguments.extend(["--gmem".into(), gmem.into()]);
         }
         arguments
+    }
+
+    /// The options of `gmem run`, which xtask's have the names of.
+    fn options(&self) -> Vec<OsString> {
+        let options = [("--profile", &self.profile), ("--types", &self.types)];
+        let given = options.into_iter().filter_map(|(name, value)| Some([name.into(), value.as_ref()?.into()]));
+        given.flatten().collect()
     }
 
     /// The words that go in front of a client's.
@@ -79,9 +86,7 @@ impl Gmem {
             return Vec::new();
         }
         let mut prefix = vec![self.gmem.clone().unwrap_or_else(|| "gmem".into()).into(), "run".into()];
-        if let Some(profile) = &self.profile {
-            prefix.extend(["--profile".into(), profile.into()]);
-        }
+        prefix.extend(self.options());
         prefix.push("--".into());
         prefix
     }
@@ -112,7 +117,8 @@ pub(crate) fn client(words: &[OsString], limit: Duration, output: File, errors: 
     Ok(Ran { status, took })
 }
 
-fn code(status: ExitStatus) -> i32 {
+/// An exit status as the shell counts.
+pub(crate) fn code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 

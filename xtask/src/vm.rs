@@ -25,7 +25,8 @@ use crate::sys::{self, Missing, Tool};
 /// The command sees this machine's files read-only; /run, /dev/shm and $TMPDIR are the guest's own and writable, and so is each
 /// --write folder, whose changes are this machine's. Its output appears as it is written: standard output as standard output,
 /// byte for byte; standard error and the kernel's console as standard error. The command's exit status is passed on; 124 means
-/// that the time ran out, 125 that the VM failed, 77 that something is missing.
+/// that the time ran out, 125 that the VM failed, 77 that something is missing. If the guest's kernel panics before the command
+/// has ended, the VM is started a second time, which a message says.
 ///
 /// Kernels are downloaded from Debian, or built, once. Several VMs may run at the same time.
 #[derive(clap::Args, Debug)]
@@ -59,9 +60,9 @@ pub(crate) struct Machine {
     /// RAM, in QEMU's notation; this machine gives it only as it is used
     #[arg(long, value_name = "SIZE", default_value = "6G")]
     pub(crate) memory: String,
-    /// Processors
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub(crate) cpus: u8,
+    /// Processors; what needs no more than one has one, everything else two
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<u8>,
     /// Huge pages of 2 MiB that are set aside at boot
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) hugepages: u32,
@@ -71,6 +72,16 @@ pub(crate) struct Machine {
     /// A kernel image that is used as `ref` instead of building one
     #[arg(long, value_name = "FILE", env = "GMEM_REF_KERNEL")]
     pub(crate) ref_image: Option<PathBuf>,
+}
+
+/// Processors where nothing else is said.
+pub(crate) const CPUS: u8 = 2;
+
+impl Machine {
+    /// The same machine with so many processors, unless their number was given.
+    pub(crate) fn with_cpus(&self, cpus: u8) -> Self {
+        Self { cpus: Some(self.cpus.unwrap_or(cpus)), ..self.clone() }
+    }
 }
 
 /// One boot: a kernel, a machine, and a command in it.
@@ -116,7 +127,11 @@ impl Boot<'_> {
         let shares = self.shares(folder.path())?;
         fs::write(folder.path().join("command"), self.script()?.as_bytes())?;
         initrd(&image, &shares, folder.path())?;
-        let ended = self.watch(self.qemu(&image, &shares, folder.path()))?;
+        let mut ended = self.watch(self.qemu(&image, &shares, folder.path()))?;
+        if ended.panicked() && !folder.path().join("status").exists() {
+            eprintln!("xtask: the guest's kernel panicked; once more from the beginning");
+            ended = self.watch(self.qemu(&image, &shares, folder.path()))?;
+        }
         self.status(&ended, folder.path())
     }
 
@@ -159,7 +174,7 @@ impl Boot<'_> {
         let mut qemu = Command::new("setpriv");
         qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64", "-nodefaults", "-no-reboot", "-display", "none"]);
         qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,+svm"]);
-        qemu.args(["-smp", &self.machine.cpus.to_string(), "-m", &self.machine.memory]);
+        qemu.args(["-smp", &self.machine.cpus.unwrap_or(CPUS).to_string(), "-m", &self.machine.memory]);
         qemu.arg("-kernel").arg(&image.vmlinuz).arg("-initrd").arg(folder.join("initrd"));
         qemu.arg("-append").arg(self.arguments());
         // The console first, then the command's output; QEMU's own two are pipes to this process.
@@ -178,8 +193,9 @@ impl Boot<'_> {
     }
 
     fn arguments(&self) -> String {
+        // oops=panic: a kernel that lost a task may hang instead of ending.
         // no_timer_check: on a busy machine the emulated timer may be too late for the kernel's test of it.
-        let mut arguments = "console=ttyS0 panic=-1 quiet no_timer_check".to_owned();
+        let mut arguments = "console=ttyS0 panic=-1 oops=panic quiet no_timer_check".to_owned();
         if self.machine.hugepages > 0 {
             arguments.push_str(&format!(" hugepagesz=2M hugepages={}", self.machine.hugepages));
         }
@@ -197,11 +213,13 @@ impl Boot<'_> {
         let output = forward(child.stdout.take(), std::io::stdout());
         let console = forward(child.stderr.take(), std::io::stderr());
         let ended = wait(&mut child, Instant::now() + self.timeout, &stop);
-        for thread in [output, console] {
-            // A reader of ours that went away (a closed pipe) is no reason to fail.
-            let _ = thread.join();
-        }
-        ended
+        // A reader of ours that went away (a closed pipe) is no reason to fail.
+        let _ = output.join();
+        let panicked = console.join().unwrap_or(false);
+        Ok(match ended? {
+            Ended::ByItself { .. } => Ended::ByItself { panicked },
+            other => other,
+        })
     }
 
     fn status(&self, ended: &Ended, folder: &Path) -> Result<u8> {
@@ -211,7 +229,7 @@ impl Boot<'_> {
                 return Ok(EXIT_TIMEOUT);
             }
             Ended::Stopped => return Ok(130),
-            Ended::ByItself => {}
+            Ended::ByItself { .. } => {}
         }
         let status = fs::read_to_string(folder.join("status")).unwrap_or_default();
         status
@@ -230,9 +248,15 @@ struct Share {
 
 #[derive(Clone, Copy, Debug)]
 enum Ended {
-    ByItself,
+    ByItself { panicked: bool },
     TimeOut,
     Stopped,
+}
+
+impl Ended {
+    fn panicked(self) -> bool {
+        matches!(self, Self::ByItself { panicked: true })
+    }
 }
 
 /// Set by the signals that ask a program to end, so that the VM's folder is removed and QEMU is gone when this process is.
@@ -248,7 +272,7 @@ fn wait(child: &mut Child, deadline: Instant, stop: &AtomicBool) -> Result<Ended
     let ended = loop {
         if child.try_wait()?.is_some() {
             // An interrupt from the terminal reaches QEMU as well, which then ends by itself.
-            return Ok(if stop.load(Ordering::Relaxed) { Ended::Stopped } else { Ended::ByItself });
+            return Ok(if stop.load(Ordering::Relaxed) { Ended::Stopped } else { Ended::ByItself { panicked: false } });
         } else if stop.load(Ordering::Relaxed) {
             break Ended::Stopped;
         } else if Instant::now() > deadline {
@@ -261,15 +285,23 @@ fn wait(child: &mut Child, deadline: Instant, stop: &AtomicBool) -> Result<Ended
     Ok(ended)
 }
 
-/// Copies a stream as it arrives.
-fn forward(from: Option<impl Read + Send + 'static>, mut to: impl Write + Send + 'static) -> thread::JoinHandle<()> {
+/// What a kernel prints as it ends.
+const PANIC: &[u8] = b"Kernel panic - not syncing";
+
+/// Copies a stream as it arrives; whether a kernel panicked in it.
+fn forward(from: Option<impl Read + Send + 'static>, mut to: impl Write + Send + 'static) -> thread::JoinHandle<bool> {
     thread::spawn(move || {
-        let Some(mut from) = from else { return };
-        let mut buffer = [0; 4096];
+        let Some(mut from) = from else { return false };
+        let (mut buffer, mut seen, mut panicked) = ([0; 4096], Vec::new(), false);
         while let Ok(length @ 1..) = from.read(&mut buffer) {
             // The stream is read to its end in any case: QEMU must not block on a full pipe.
             let _ = to.write_all(&buffer[..length]).and_then(|()| to.flush());
+            seen.extend_from_slice(&buffer[..length]);
+            panicked |= seen.windows(PANIC.len()).any(|window| window == PANIC);
+            // The words may come in two pieces.
+            seen.drain(..seen.len().saturating_sub(PANIC.len()));
         }
+        panicked
     })
 }
 
@@ -285,6 +317,8 @@ fn initrd(image: &Image, shares: &[Share], folder: &Path) -> Result<()> {
     }
     let lines: Vec<String> = shares.iter().map(|share| format!("{} {}\n", share.tag, share.guest.display())).collect();
     fs::write(root.join("shares"), lines.concat())?;
+    let me = env::current_exe().context("the path of xtask")?;
+    fs::write(root.join("xtask"), [me.as_os_str().as_bytes(), b"\n"].concat())?;
     fs::write(root.join("init"), include_str!("init.sh"))?;
     sys::run(Command::new("chmod").arg("755").arg(root.join("init")))?;
     let pack = "find . | cpio --quiet -o -H newc > ../initrd";

@@ -100,6 +100,10 @@ core::arch::global_asm!(
     "vmmcall",
     "out 0x10, al",
     ".balign 32, 0xf4",
+    // one exit after the other
+    "2: out 0x10, al",
+    "jmp 2b",
+    ".balign 32, 0xf4",
     // stress: rcx pages from rbx, each must hold rax at its first and last quadword and gets rdx; then report
     // (the last stub, so it may be longer than the others)
     "2: cmp rax, qword ptr [rbx]",
@@ -145,8 +149,10 @@ pub(crate) enum Stub {
     Vmcall = 14,
     /// `vmmcall`.
     Vmmcall = 15,
+    /// Outputs without end.
+    Exits = 16,
     /// Check and rewrite the ends of many pages.
-    Stress = 16,
+    Stress = 17,
 }
 
 fn code() -> &'static [u8] {
@@ -230,6 +236,7 @@ mod tests {
         assert!(at(Stub::Plant, 0).starts_with(&[0xc6, 0x03, 0xc3]));
         assert!(at(Stub::Vmcall, 0).starts_with(&[0x0f, 0x01, 0xc1]));
         assert!(at(Stub::Vmmcall, 0).starts_with(&[0x0f, 0x01, 0xd9]));
+        assert!(at(Stub::Exits, 0).starts_with(&[0xe6, 0x10, 0xeb, 0xfc]));
         assert!(at(Stub::Stress, 0).starts_with(&[0x48, 0x3b, 0x03]));
     }
 

@@ -58,11 +58,16 @@ fn one(round: u64, surface: Surface, vm_type: Option<u64>) -> anyhow::Result<()>
     Ok(())
 }
 
-fn held() -> anyhow::Result<Held> {
+/// The resident set of this process.
+pub(crate) fn resident_kib() -> anyhow::Result<u64> {
     let status = fs::read_to_string("/proc/self/status")?;
     let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    Ok(rss.trim().trim_end_matches(" kB").parse()?)
+}
+
+fn held() -> anyhow::Result<Held> {
     Ok(Held {
-        rss_kib: rss.trim().trim_end_matches(" kB").parse()?,
+        rss_kib: resident_kib()?,
         descriptors: fs::read_dir("/proc/self/fd")?.count(),
         mappings: fs::read_to_string("/proc/self/maps")?.lines().count(),
     })

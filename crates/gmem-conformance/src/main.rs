@@ -28,6 +28,7 @@
 //! hold an entry for MMIO (see `world/guest.rs`).
 
 mod agent;
+mod bench;
 mod churn;
 mod generate;
 mod machine;
@@ -73,6 +74,9 @@ struct Args {
     /// Create, use and destroy so many worlds instead, and fail if the process grows.
     #[arg(long, value_name = "ROUNDS")]
     churn: Option<u64>,
+    /// Measure how long one operation takes instead.
+    #[arg(long, value_enum, conflicts_with_all = ["race", "churn", "list"])]
+    bench: Option<bench::Bench>,
 }
 
 fn main() -> ExitCode {
@@ -91,6 +95,9 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<()> {
     let tested = args.vm_type.or((args.surface == Surface::File).then_some(sys::VM_TYPE_DEFAULT));
+    if let Some(bench) = args.bench {
+        return bench::run(bench);
+    }
     match (args.race, args.churn) {
         (Some(seconds), _) => race::run(seconds, args.seed),
         (None, Some(rounds)) => churn::run(rounds, args.surface, tested),

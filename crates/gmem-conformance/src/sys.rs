@@ -61,6 +61,7 @@ fn last_errno() -> Errno {
     Errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(0))
 }
 
+pub(crate) const KVM_GET_API_VERSION: u64 = 0xAE00;
 pub(crate) const KVM_CREATE_VM: u64 = 0xAE01;
 pub(crate) const KVM_CHECK_EXTENSION: u64 = 0xAE03;
 pub(crate) const KVM_GET_VCPU_MMAP_SIZE: u64 = 0xAE04;

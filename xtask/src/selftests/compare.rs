@@ -32,9 +32,18 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         );
     }
     let (table, worse) = table(&outcomes)?;
-    print!("{table}");
+    print!("{PREFACE}{table}");
     Ok(ExitCode::from(u8::from(worse)))
 }
+
+const PREFACE: &str = "\
+# The kernel's KVM selftests, natively and under gmem
+
+Written by `cargo xtask selftests run --under native,gmem --hugepages 512 --json FILE` and `cargo xtask selftests compare FILE`.
+Each test runs in both ways, one after the other, in an emulated machine. A test that takes long without an emulator runs into
+its time limit there in both ways, and one that is judged by the clock may do so in one of them.
+
+";
 
 /// What a test gave natively and under gmem.
 type Pair<'a> = (Option<&'a Outcome>, Option<&'a Outcome>);

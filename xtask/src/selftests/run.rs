@@ -109,13 +109,17 @@ const WITH_ARGUMENTS: [&str; 6] = [
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let outcomes = if args.here { here(args)? } else { guest(args)? };
     if let Some(file) = &args.json {
-        let text = serde_json::to_string_pretty(&outcomes)?;
-        fs::write(file, text + "\n").with_context(|| format!("writing {}", file.display()))?;
+        save(file, &outcomes)?;
     }
     if args.here && args.json.is_some() {
         return Ok(ExitCode::SUCCESS);
     }
     judge(args, &outcomes)
+}
+
+fn save(file: &Path, outcomes: &[Outcome]) -> Result<()> {
+    let text = serde_json::to_string_pretty(outcomes)?;
+    fs::write(file, text + "\n").with_context(|| format!("writing {}", file.display()))
 }
 
 fn judge(args: &Args, outcomes: &[Outcome]) -> Result<ExitCode> {
@@ -154,7 +158,14 @@ fn guest(args: &Args) -> Result<Vec<Outcome>> {
     let status = under::myself(args.kernel, &args.machine, timeout, folder.path(), arguments)?;
     let text =
         fs::read_to_string(&json).with_context(|| format!("the guest ended with {status} and left no results"))?;
-    Ok(serde_json::from_str(&text)?)
+    let outcomes: Vec<Outcome> = serde_json::from_str(&text)?;
+    if outcomes.len() < runs {
+        if let Some(file) = &args.json {
+            save(file, &outcomes)?;
+        }
+        bail!("the guest ended with {status} after {} of {runs} runs", outcomes.len());
+    }
+    Ok(outcomes)
 }
 
 /// Runs the tests on the kernel that this runs on.
@@ -185,6 +196,10 @@ fn here(args: &Args) -> Result<Vec<Outcome>> {
             };
             report(&outcome, &output);
             outcomes.push(outcome);
+            // After each: a guest that dies leaves what it had.
+            if let Some(file) = &args.json {
+                save(file, &outcomes)?;
+            }
         }
     }
     Ok(outcomes)
@@ -225,7 +240,8 @@ fn report(outcome: &Outcome, output: &str) {
         Verdict::Fail | Verdict::Timeout => {
             let lines: Vec<&str> = output.lines().collect();
             for line in &lines[lines.len().saturating_sub(12)..] {
-                println!("        {line}");
+                // Some tests show their progress on one line of many thousand characters.
+                println!("        {}", line.chars().take(160).collect::<String>());
             }
         }
     }

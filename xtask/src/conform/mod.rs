@@ -3,6 +3,9 @@
 //! Each side boots once for a whole range of seeds. A mismatch is shrunk: first to the shortest prefix of its operations that
 //! still differs, then by leaving operations out.
 
+mod left;
+mod stress;
+
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::ops::Range;
@@ -18,16 +21,21 @@ use crate::kernels::Kernel;
 use crate::sys::{self, Missing};
 use crate::under::{self, Gmem, Under};
 use crate::vm::Machine;
+use stress::Stress;
 
 /// Compare long random sequences of operations, natively on one kernel and under gmem on another.
 ///
 /// Runs gmem-conformance with each seed on both sides and compares what it prints. The first mismatch is shrunk and printed.
 /// Exits with 1 if there was one.
+///
+/// With --race or --churn: runs that mode of the client under gmem instead, and checks that no process, file, memfd, VM or huge
+/// page is left when it has ended, and when it was killed in the middle.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "Examples:\n  \
     cargo xtask conform --seeds 0..200\n  \
     cargo xtask conform --seeds 17..18 --ops 100\n  \
-    cargo xtask conform --seeds 0..50 --reference 7.3 --surface file --profile linux-7.3")]
+    cargo xtask conform --seeds 0..50 --reference 7.3 --surface file --profile linux-7.3 --types default\n  \
+    cargo xtask conform --race 120")]
 pub(crate) struct Args {
     /// Seeds, from the first to the one before the last
     #[arg(long, value_name = "A..B", value_parser = seeds, default_value = "0..10")]
@@ -52,6 +60,12 @@ pub(crate) struct Args {
     /// The time that each sequence may take
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     limit: u64,
+    /// Let vCPUs race with conversions, punches, slots and closes under gmem instead
+    #[arg(long, value_name = "SECONDS", conflicts_with = "churn")]
+    race: Option<u64>,
+    /// Create, use and destroy VMs and files so many times under gmem instead
+    #[arg(long, value_name = "ROUNDS")]
+    churn: Option<u64>,
     /// Do not shrink a mismatch
     #[arg(long)]
     no_shrink: bool,
@@ -60,7 +74,7 @@ pub(crate) struct Args {
     /// In a guest: run the cases of this folder in one way, on the kernel that this runs on
     #[arg(long, hide = true, requires = "client")]
     cases: Option<PathBuf>,
-    #[arg(long, hide = true, default_value = "native")]
+    #[arg(long, hide = true, default_value = "gmem")]
     under: Under,
 }
 
@@ -84,9 +98,17 @@ struct Case {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if let (Some(folder), Some(client)) = (&args.cases, &args.client) {
-        return here(args, folder, client);
+        return match Stress::of(args) {
+            Some(stress) => stress::here(args, stress, folder, client),
+            None => here(args, folder, client),
+        };
     }
-    let both = Both { args, client: client(args.client.as_deref())?, gmem: args.gmem.ready()? };
+    let (client, gmem) = (client(args.client.as_deref())?, args.gmem.ready()?);
+    if let Some(stress) = Stress::of(args) {
+        return stress::run(args, stress, &client, &gmem);
+    }
+    // A sequence has one thread: one processor is enough, and the emulation of one has fewer surprises.
+    let both = Both { args, client, gmem, machine: args.machine.with_cpus(1) };
     let cases: Vec<Case> = args.seeds.clone().map(|seed| Case { seed, ops: args.ops, skip: Vec::new() }).collect();
     let pairs = both.transcripts(&cases)?;
     let wrong: Vec<usize> = (0..cases.len()).filter(|&number| !pairs[number].same()).collect();
@@ -163,6 +185,7 @@ struct Both<'a> {
     args: &'a Args,
     client: PathBuf,
     gmem: Gmem,
+    machine: Machine,
 }
 
 impl Both<'_> {
@@ -188,7 +211,7 @@ impl Both<'_> {
         }
         arguments.extend(self.gmem.arguments());
         let timeout = Duration::from_secs(60) + Duration::from_secs(self.args.limit) * u32::try_from(cases.len())?;
-        let status = under::myself(kernel, &self.args.machine, timeout, folder.path(), arguments)?;
+        let status = under::myself(kernel, &self.machine, timeout, folder.path(), arguments)?;
         let read = |number| fs::read(folder.path().join(format!("{number}")));
         let transcripts: std::io::Result<Vec<Vec<u8>>> = (0..cases.len()).map(read).collect();
         let transcripts =
