@@ -260,7 +260,7 @@ impl Machine {
                 self.host_tlb.extend(&all);
             }
             DirectMap::Restore => {
-                self.off_direct_map.retain(|page| page.0 != pages.file || !pages.range.contains(PageIndex(page.1)))
+                self.off_direct_map.retain(|page| page.0 != pages.file || !pages.range.contains(PageIndex(page.1)));
             }
         }
     }
