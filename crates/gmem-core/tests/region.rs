@@ -95,10 +95,13 @@ fn the_first_check_that_fails_is_the_one_reported() {
     }
 }
 
+/// What is wrong, and how to make it so.
+type Spoil = (&'static str, fn(&mut Claim));
+
 #[test]
 fn geometry() {
     let (vm, id) = world();
-    let spoils: [(&str, fn(&mut Claim)); 11] = [
+    let spoils: [Spoil; 11] = [
         ("size unaligned", |claim| claim.memory_size += 1),
         ("gpa unaligned", |claim| claim.guest_phys_addr += 0x200),
         ("address unaligned", |claim| claim.userspace_addr += 1),
