@@ -1,6 +1,6 @@
 //! `gmem demo`: the two-minute tour.
 //!
-//! The tour ([`tour`]) is written once, for a [`machine::Machine`]. [`kvm`] is one through KVM, an ordinary client that runs
+//! The tour ([`mod@tour`]) is written once, for a [`machine::Machine`]. [`kvm`] is one through KVM, an ordinary client that runs
 //! under `gmem run` like any other; [`core`] is one made of the core alone, for hosts without KVM.
 
 mod core;

@@ -77,7 +77,7 @@ pub(crate) struct VcpuArgs {
     /// Stepping of the vCPU.
     #[arg(long, value_name = "STEPPING")]
     vcpu_stepping: Option<u32>,
-    /// Write the measured save areas to vmsa<N>.bin.
+    /// Write the measured save areas to `vmsa0.bin`, `vmsa1.bin` and so on.
     #[arg(long)]
     dump_vmsa: bool,
 }
