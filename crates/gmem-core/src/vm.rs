@@ -127,7 +127,7 @@ pub struct Vm {
     pub(crate) private: PageSet,
     pub(crate) invalidation: Invalidation,
     pub(crate) files: BTreeMap<FileId, File>,
-    /// Changes of the VMM's mappings under way (`mn_active_invalidate_count`).
+    /// Changes of the VMM's mappings under way (`mn_active_invalidate_count`). Part of the invalidation protocol.
     pub(crate) user_changes: u32,
     next_file: u32,
 }

@@ -23,8 +23,6 @@ pub struct Profile {
     pub reports_file_flags: bool,
     /// Errno when file pages are bound already.
     pub pages_bound: Errno,
-    /// An offset near the signed limit passes the bounds check of a binding.
-    pub accepts_wrapped_offset: bool,
     /// `KVM_CAP_GUEST_MEMFD` of a VM without private memory.
     pub files_without_private_memory: bool,
     /// What differs inside the subsystem.
@@ -52,7 +50,6 @@ pub static PROFILES: [Profile; 3] = [
         file_flags: FileFlags::empty(),
         reports_file_flags: false,
         pages_bound: Errno::INVAL,
-        accepts_wrapped_offset: false,
         files_without_private_memory: false,
         rules: Rules {
             file_filter: FileFilter::Private,
@@ -70,7 +67,6 @@ pub static PROFILES: [Profile; 3] = [
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::INVAL,
-        accepts_wrapped_offset: true,
         files_without_private_memory: true,
         rules: RULES,
     },
@@ -82,7 +78,6 @@ pub static PROFILES: [Profile; 3] = [
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::EXIST,
-        accepts_wrapped_offset: false,
         files_without_private_memory: true,
         rules: RULES,
     },

@@ -373,7 +373,9 @@ impl Operation for SetRegion {
             | State::Done(_) => Reach::NOTHING,
             State::Check => Reach::writes(Parts::SLOTS).and_reads(Parts::all()),
             State::Zap(_) => Reach::reads(Parts::SLOTS),
-            State::LockFile(_) | State::Commit(_) => Reach::writes(Parts::SLOTS | Parts::FILES),
+            State::LockFile(_) | State::Commit(_) => {
+                Reach::writes(Parts::SLOTS | Parts::FILES).and_reads(Parts::INVALIDATION)
+            }
         }
     }
 }
