@@ -174,21 +174,26 @@ impl VcpuObject {
     fn continue_pending(&self) -> Option<Result<i32, Errno>> {
         let mut pending = lock(&self.pending);
         let write = pending.as_mut()?;
-        let left = write.carry_out(|gpa, bytes| self.write_guest(gpa, bytes));
-        let Some(access) = left else {
-            *pending = None;
-            self.has_pending.store(false, Ordering::Relaxed);
-            return None;
-        };
-        if self.is_device(Gfn::of_gpa(access.gpa), true) {
-            // The frame was converted and is the client's to emulate now: it gets the write, and that piece is done.
-            if let Some(piece) = write.take_first() {
-                self.run_area().set_mmio_write(piece.gpa, piece.data());
+        for _ in 0..MOST_RETRIES {
+            let Some(access) = write.carry_out(|gpa, bytes| self.write_guest(gpa, bytes)) else {
+                *pending = None;
+                self.has_pending.store(false, Ordering::Relaxed);
+                return None;
+            };
+            let gfn = Gfn::of_gpa(access.gpa);
+            if self.is_device(gfn, true) {
+                // The frame was converted and is the client's to emulate now: it gets the write, and that piece is done.
+                if let Some(piece) = write.take_first() {
+                    self.run_area().set_mmio_write(piece.gpa, piece.data());
+                }
+                return Some(Ok(0));
             }
-            return Some(Ok(0));
+            // Without an error the frame has become reachable between the two looks at it.
+            if let Some(errno) = self.fault(gfn) {
+                return Some(Err(errno));
+            }
         }
-        drop(pending);
-        Some(self.report(Gfn::of_gpa(access.gpa)))
+        Some(Err(Errno::FAULT))
     }
 
     /// The client gave the vCPU other registers.
@@ -204,11 +209,6 @@ impl VcpuObject {
         }
         let place = place(state.window_at(Gfn::of_gpa(gpa)), gpa);
         place.is_some_and(|address| sys::copy_to_client(address, bytes).is_ok())
-    }
-
-    /// Ends `KVM_RUN` for an access that cannot be made.
-    fn report(&self, gfn: Gfn) -> Result<i32, Errno> {
-        Err(self.fault(gfn).unwrap_or(Errno::FAULT))
     }
 
     /// The host's KVM could not reach a page and does not say which.
