@@ -65,18 +65,23 @@ pub enum DirectMapFlush {
     NoFlush,
 }
 
+impl Rules {
+    /// The newest kernel that has been released; older ones are described by what they do differently.
+    pub const NEWEST: Self = Self {
+        tracking: Tracking::Attributes,
+        file_filter: FileFilter::Kind,
+        populate_once: false,
+        prefault_reports_dying_slot: true,
+        files_without_private_memory: true,
+        direct_map_flush: DirectMapFlush::Flush,
+        max_slots: 32_764,
+        user_end: (1 << 47) - crate::addr::PAGE_SIZE,
+    };
+}
+
 impl Default for Rules {
     fn default() -> Self {
-        Self {
-            tracking: Tracking::Attributes,
-            file_filter: FileFilter::Kind,
-            populate_once: false,
-            prefault_reports_dying_slot: true,
-            files_without_private_memory: true,
-            direct_map_flush: DirectMapFlush::Flush,
-            max_slots: 32_764,
-            user_end: (1 << 47) - crate::addr::PAGE_SIZE,
-        }
+        Self::NEWEST
     }
 }
 

@@ -157,12 +157,6 @@ impl Window {
         self.shown.insert(range.start().0, range.len(), shows);
         Ok(())
     }
-
-    /// Number of runs that are mapped differently; the kernel has one VMA for each.
-    #[must_use]
-    pub fn run_count(&self) -> usize {
-        self.shown.run_count()
-    }
 }
 
 /// # Safety

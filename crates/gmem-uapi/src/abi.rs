@@ -4,14 +4,10 @@ use gmem_host::sys;
 use rustix::io::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// `KVM_GET_API_VERSION`
-pub const GET_API_VERSION: u32 = 0xae00;
 /// `KVM_CREATE_VM`
 pub const CREATE_VM: u32 = 0xae01;
 /// `KVM_CHECK_EXTENSION`
 pub const CHECK_EXTENSION: u32 = 0xae03;
-/// `KVM_GET_VCPU_MMAP_SIZE`
-pub const GET_VCPU_MMAP_SIZE: u32 = 0xae04;
 /// `KVM_CREATE_VCPU`
 pub const CREATE_VCPU: u32 = 0xae41;
 /// `KVM_RUN`

@@ -30,7 +30,7 @@ pub(crate) fn of_vm(profile: &Profile, vm: &Vm, types: u32, capability: u32) -> 
     let private = vm.has_private_memory();
     Some(match capability {
         cap::MEMORY_ATTRIBUTES if !private => 0,
-        cap::GUEST_MEMFD => i32::from(private || profile.files_without_private_memory),
+        cap::GUEST_MEMFD => i32::from(private || vm.rules.files_without_private_memory),
         cap::GUEST_MEMFD_FLAGS => file_flags(profile, vm.file_flags(profile.file_flags)),
         cap::MULTI_ADDRESS_SPACE if private => i32::from(vm.address_spaces()),
         _ => return of_system(profile, types, capability),

@@ -3,7 +3,7 @@
 //! A behaviour that is not the same everywhere is a field here and never an `if` on a name in the code.
 
 use gmem_core::file::FileFlags;
-use gmem_core::vm::{DirectMapFlush, FileFilter, Rules, Tracking};
+use gmem_core::vm::{FileFilter, Rules};
 use rustix::io::Errno;
 
 /// A kernel's behaviour.
@@ -23,22 +23,9 @@ pub struct Profile {
     pub reports_file_flags: bool,
     /// Errno when file pages are bound already.
     pub pages_bound: Errno,
-    /// `KVM_CAP_GUEST_MEMFD` of a VM without private memory.
-    pub files_without_private_memory: bool,
     /// What differs inside the subsystem.
     pub rules: Rules,
 }
-
-const RULES: Rules = Rules {
-    tracking: Tracking::Attributes,
-    file_filter: FileFilter::Kind,
-    populate_once: false,
-    prefault_reports_dying_slot: true,
-    files_without_private_memory: true,
-    direct_map_flush: DirectMapFlush::Flush,
-    max_slots: 32_764,
-    user_end: (1 << 47) - 4096,
-};
 
 /// All profiles, oldest first.
 pub static PROFILES: [Profile; 3] = [
@@ -50,13 +37,12 @@ pub static PROFILES: [Profile; 3] = [
         file_flags: FileFlags::empty(),
         reports_file_flags: false,
         pages_bound: Errno::INVAL,
-        files_without_private_memory: false,
         rules: Rules {
             file_filter: FileFilter::Private,
             populate_once: true,
             prefault_reports_dying_slot: false,
             files_without_private_memory: false,
-            ..RULES
+            ..Rules::NEWEST
         },
     },
     Profile {
@@ -67,8 +53,7 @@ pub static PROFILES: [Profile; 3] = [
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::INVAL,
-        files_without_private_memory: true,
-        rules: RULES,
+        rules: Rules::NEWEST,
     },
     Profile {
         name: "linux-7.3",
@@ -78,8 +63,7 @@ pub static PROFILES: [Profile; 3] = [
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::EXIST,
-        files_without_private_memory: true,
-        rules: RULES,
+        rules: Rules::NEWEST,
     },
 ];
 
