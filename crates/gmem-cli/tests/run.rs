@@ -88,6 +88,7 @@ mod parts {
     const KVM_CREATE_VM: c_ulong = 0xae01;
     const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;
     const KVM_SET_MEMORY_ATTRIBUTES: c_ulong = 0x4020_aed2;
+    const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
     const KVM_CHECK_EXTENSION: c_ulong = 0xae03;
     const KVM_CAP_VM_TYPES: usize = 235;
     const SIZE: u64 = 0x20_0000;
@@ -210,24 +211,57 @@ mod parts {
         assert_ne!(ioctl(open_kvm(), KVM_CHECK_EXTENSION, KVM_CAP_VM_TYPES).expect("an answer") & 2, 0);
     }
 
+    /// Private guest RAM with a 1 in its first byte, and everything else that is mapped, in a slot without a file.
+    fn add_ram(vm: c_int, number: u64) -> *mut u8 {
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping, of which the first byte is written.
+        let ram = unsafe {
+            let ram = libc::mmap(std::ptr::null_mut(), 0x20_0000, prot, flags, -1, 0);
+            assert_ne!(ram, libc::MAP_FAILED);
+            ram.cast::<u8>().write_volatile(1);
+            ram.cast::<u8>()
+        };
+        let page = (ram.addr() as u64) & !(SIZE - 1);
+        for (number, gpa, size, hva) in [(number, 0, SIZE, ram.addr() as u64), (number + 1, 1 << 40, 1 << 33, page)] {
+            let claim = [number, gpa, size, hva];
+            ioctl(vm, KVM_SET_USER_MEMORY_REGION, claim.as_ptr().addr()).expect("a slot");
+        }
+        ram
+    }
+
     pub(super) fn forks() {
         let vm = protected_vm();
         let file = create_file(vm).expect("a file");
+        let ram = add_ram(vm, 0);
         // SAFETY: the child makes system calls and exits.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            let foreign = set_private(vm) == Err(libc::EIO);
+            // SAFETY: memory that was mapped before the fork.
+            let same = unsafe {
+                let before = ram.read_volatile();
+                ram.write_volatile(2);
+                before == 1
+            };
+            let foreign = same && set_private(vm) == Err(libc::EIO);
             // SAFETY: descriptors of the child.
             unsafe {
                 libc::close(file);
                 libc::close(vm);
-                libc::_exit(if foreign { 0 } else { 1 });
+                libc::_exit(if foreign {
+                    0
+                } else if same {
+                    2
+                } else {
+                    3
+                });
             }
         }
         let mut status = 0;
         // SAFETY: a child of this process.
         unsafe { libc::waitpid(child, &raw mut status, 0) };
-        assert_eq!(status, 0, "the child's VM ioctl must be EIO");
+        assert_eq!(status, 0, "the child must find its memory, and EIO from the VM's ioctls");
+        // SAFETY: as above.
+        assert_eq!(unsafe { ram.read_volatile() }, 1, "the child wrote to the parent's memory");
         set_private(vm).expect("the parent's VM is as it was");
         // SAFETY: the parent's descriptor is still a guest_memfd.
         assert_eq!(unsafe { libc::fallocate(file, 3, 0, 4096) }, 0);

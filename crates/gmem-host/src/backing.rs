@@ -107,10 +107,26 @@ impl Backing {
     /// # Safety
     /// As [`Backing::map_at`].
     pub unsafe fn map_protected_at(&self, address: usize, len: usize, offset: u64, prot: u32) -> Result<(), Errno> {
-        let flags = MapFlags::SHARED | MapFlags::FIXED;
-        let prot = ProtFlags::from_bits_retain(prot);
+        // SAFETY: of the caller.
+        unsafe { self.map_fixed(address, len, offset, prot, MapFlags::SHARED) }
+    }
+
+    /// Maps bytes at a fixed address so that writes there stay with this process.
+    ///
+    /// # Errors
+    /// As [`Backing::map_at`].
+    ///
+    /// # Safety
+    /// As [`Backing::map_at`].
+    pub unsafe fn map_private_at(&self, address: usize, len: usize, offset: u64, prot: u32) -> Result<(), Errno> {
+        // SAFETY: of the caller.
+        unsafe { self.map_fixed(address, len, offset, prot, MapFlags::PRIVATE) }
+    }
+
+    unsafe fn map_fixed(&self, at: usize, len: usize, offset: u64, prot: u32, kind: MapFlags) -> Result<(), Errno> {
+        let (flags, prot) = (kind | MapFlags::FIXED, ProtFlags::from_bits_retain(prot));
         // SAFETY: the caller owns the target range.
-        unsafe { rustix::mm::mmap(pointer(address), len, prot, flags, &self.fd, offset) }.map(|_| ())
+        unsafe { rustix::mm::mmap(pointer(at), len, prot, flags, &self.fd, offset) }.map(|_| ())
     }
 }
 
@@ -154,6 +170,15 @@ pub(crate) fn duplicate_page(from: usize) -> Result<(), Errno> {
     let copy = unsafe { rustix::mm::mremap(pointer(from), 0, 4096, MremapFlags::MAYMOVE) }?;
     // SAFETY: mapped a moment ago; nothing refers to it.
     unsafe { rustix::mm::munmap(copy, 4096) }
+}
+
+/// Leaves a range out of the children of fork, which have no use for a window.
+///
+/// # Safety
+/// `[address, address + len)` must be mapped by the caller.
+pub(crate) unsafe fn keep_from_children(address: usize, len: usize) {
+    // SAFETY: the advice changes nothing about the memory of this process. Refused for device mappings, which windows have not.
+    let _ = unsafe { rustix::mm::madvise(pointer(address), len, Advice::LinuxDontFork) };
 }
 
 /// Asks for huge pages where the host allows them; a host that does not is no error.

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use rustix::io::Errno;
 
 use crate::backing::{self, Backing};
-use crate::maps::{self, Area, Sharing};
+use crate::maps::{self, Area, Maps, Sharing};
 use crate::sys;
 
 /// Ranges of client memory that were moved into memfds.
@@ -24,6 +24,8 @@ struct Moved {
     end: usize,
     /// Offset of the first byte in the backing.
     offset: u64,
+    /// Whether the client had it mapped privately.
+    private: bool,
     backing: std::sync::Arc<Backing>,
 }
 
@@ -43,8 +45,10 @@ impl ClientMemory {
     /// ENOMEM, EMFILE. What was moved before the error stays moved, which changes nothing for the client.
     pub fn make_shareable(&mut self, start: usize, len: usize) -> Result<(), Errno> {
         for area in maps::areas(start, start.saturating_add(len))? {
-            if area.sharing == Sharing::Private || is_hugetlb(&area) {
-                self.move_to_memfd(&area)?;
+            match area.sharing {
+                Sharing::Private => self.move_to_memfd(&area)?,
+                Sharing::Shared if is_hugetlb(&area) => self.move_to_memfd(&area)?,
+                Sharing::Shared | Sharing::Program => {}
             }
         }
         Ok(())
@@ -61,7 +65,8 @@ impl ClientMemory {
             backing::prefer_huge_pages(start, len);
         }
         self.forget(start, end);
-        self.moved.insert(start, Moved { end, offset: 0, backing: std::sync::Arc::new(backing) });
+        let private = area.sharing == Sharing::Private;
+        self.moved.insert(start, Moved { end, offset: 0, private, backing: std::sync::Arc::new(backing) });
         Ok(())
     }
 
@@ -98,12 +103,31 @@ impl ClientMemory {
         for base in touched {
             let Some(moved) = self.moved.remove(&base) else { continue };
             if start > base {
-                let head = Moved { end: moved.end.min(start), offset: moved.offset, backing: moved.backing.clone() };
+                let head = Moved { end: moved.end.min(start), backing: moved.backing.clone(), ..moved };
                 self.moved.insert(base, head);
             }
             if moved.end > end {
                 let offset = moved.offset + (end - base) as u64;
-                self.moved.insert(end, Moved { end: moved.end, offset, backing: moved.backing });
+                self.moved.insert(end, Moved { offset, ..moved });
+            }
+        }
+    }
+
+    /// This process is a child of fork: memory that was private when it was moved becomes private again. The child has what
+    /// was there at the fork, as long as the parent does not change it before the child does.
+    ///
+    /// What cannot be mapped (`vm.max_map_count`) stays shared with the parent.
+    pub fn make_private(&mut self) {
+        let moved = std::mem::take(&mut self.moved);
+        if moved.is_empty() {
+            return;
+        }
+        let Ok(maps) = Maps::now() else { return };
+        for (start, moved) in moved.into_iter().filter(|(_, moved)| moved.private) {
+            for area in maps.areas(start, moved.end) {
+                let offset = moved.offset + (area.start - start) as u64;
+                // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
+                let _ = unsafe { moved.backing.map_private_at(area.start, area.end - area.start, offset, area.prot) };
             }
         }
     }

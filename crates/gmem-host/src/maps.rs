@@ -5,6 +5,8 @@ use std::vec::Vec;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::address_space;
+
 /// How a piece of address space is mapped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Sharing {
@@ -38,21 +40,79 @@ impl Area {
     }
 }
 
-/// The mapped areas that overlap `[start, end)`, in ascending order, cut to it.
+/// The areas of this process at one moment, in ascending order.
+#[derive(Clone, Debug)]
+pub struct Maps(Vec<u8>);
+
+impl Maps {
+    /// Those of now.
+    ///
+    /// # Errors
+    /// Those of opening and reading `/proc/self/maps`.
+    pub fn now() -> Result<Self, Errno> {
+        read_all("/proc/self/maps").map(Self)
+    }
+
+    /// The areas that overlap `[start, end)`, in ascending order, cut to it.
+    #[must_use]
+    pub fn areas(&self, start: usize, end: usize) -> Vec<Area> {
+        let mut all: Vec<(Area, &str)> = lines(&self.0).collect();
+        find_program(&mut all);
+        if all.iter().any(|(area, _)| area.sharing == Sharing::Program && area.start < end && start < area.end) {
+            find_nameless_program(&mut all);
+        }
+        let cut =
+            all.into_iter().map(|(area, _)| Area { start: area.start.max(start), end: area.end.min(end), ..area });
+        cut.filter(|area| area.start < area.end).collect()
+    }
+}
+
+/// The areas of now that overlap `[start, end)`.
 ///
 /// # Errors
-/// Those of opening and reading `/proc/self/maps`.
+/// As [`Maps::now`].
 pub fn areas(start: usize, end: usize) -> Result<Vec<Area>, Errno> {
-    let text = read_all("/proc/self/maps")?;
-    let lines =
-        || text.split(|byte| *byte == b'\n').filter_map(|line| core::str::from_utf8(line).ok()).filter_map(parse);
-    let images: Vec<&str> = lines().filter(|(area, _)| area.prot & EXEC != 0).map(|(_, name)| name).collect();
-    let cut = lines().map(|(area, name)| {
-        let program = name.starts_with('[') && !name.starts_with("[anon") || !name.is_empty() && images.contains(&name);
-        let sharing = if program && area.sharing == Sharing::Private { Sharing::Program } else { area.sharing };
-        Area { start: area.start.max(start), end: area.end.min(end), sharing, ..area }
-    });
-    Ok(cut.filter(|area| area.start < area.end).collect())
+    Ok(Maps::now()?.areas(start, end))
+}
+
+/// The areas that their names tell to be the program: the kernel's words for stack, heap and vDSO, and loaded images. And the
+/// page by which gmem knows its process.
+fn find_program(all: &mut [(Area, &str)]) {
+    let images: Vec<&str> = all.iter().filter(|(area, _)| area.prot & EXEC != 0).map(|(_, name)| *name).collect();
+    let own = address_space::page().unwrap_or(0);
+    for (area, name) in all {
+        let named = area.start == own
+            || name.starts_with('[') && !name.starts_with("[anon")
+            || !name.is_empty() && images.contains(name);
+        if named && area.sharing == Sharing::Private {
+            area.sharing = Sharing::Program;
+        }
+    }
+}
+
+/// The areas of the program that have no names: zeroed data right behind an image, and what this thread runs on.
+///
+/// Such an area may be one with ordinary memory beside it, so it is looked for only where the range in question has named
+/// parts of the program in it, and cannot be meant as guest RAM.
+fn find_nameless_program(all: &mut [(Area, &str)]) {
+    thread_local!(static OF_THIS_THREAD: u8 = const { 0 });
+    let on_stack = 0u8;
+    let local = OF_THIS_THREAD.try_with(|byte| (&raw const *byte).addr()).unwrap_or(0);
+    let used = [(&raw const on_stack).addr(), local];
+    let mut program_end = 0;
+    for (area, name) in all {
+        let own = area.start == program_end || used.iter().any(|address| (area.start..area.end).contains(address));
+        if area.sharing == Sharing::Private && name.is_empty() && own {
+            area.sharing = Sharing::Program;
+        }
+        if area.sharing == Sharing::Program {
+            program_end = area.end;
+        }
+    }
+}
+
+fn lines(text: &[u8]) -> impl Iterator<Item = (Area, &str)> {
+    text.split(|byte| *byte == b'\n').filter_map(|line| core::str::from_utf8(line).ok()).filter_map(parse)
 }
 
 const EXEC: u32 = 4;
@@ -80,8 +140,7 @@ pub fn user_address_end() -> u64 {
 #[must_use]
 pub fn area_around(address: usize) -> Option<(usize, usize)> {
     let text = read_all("/proc/self/maps").ok()?;
-    let lines = text.split(|byte| *byte == b'\n').filter_map(|line| core::str::from_utf8(line).ok());
-    let (area, _) = lines.filter_map(parse).find(|(area, _)| area.start <= address && address < area.end)?;
+    let (area, _) = lines(&text).find(|(area, _)| area.start <= address && address < area.end)?;
     Some((area.start, area.end))
 }
 
@@ -129,6 +188,17 @@ mod tests {
         let (area, name) = parse("7f00-7f10 ---p 0 00:00 0").unwrap();
         assert_eq!((area.sharing, area.prot, name), (Sharing::Private, 0, ""));
         assert_eq!(parse(""), None);
+    }
+
+    #[test]
+    fn a_range_with_the_program_in_it_spares_what_this_thread_runs_on() {
+        let all = areas(0, usize::MAX).unwrap();
+        let sharing =
+            |address: usize| all.iter().find(|area| (area.start..area.end).contains(&address)).unwrap().sharing;
+        thread_local!(static LOCAL: u8 = const { 1 });
+        let on_stack = 0u8;
+        assert_eq!(sharing((&raw const on_stack).addr()), Sharing::Program);
+        LOCAL.with(|local| assert_eq!(sharing((&raw const *local).addr()), Sharing::Program));
     }
 
     #[test]

@@ -9,6 +9,8 @@ use core::arch::asm;
 use rustix::fd::{AsRawFd, BorrowedFd};
 use rustix::io::Errno;
 
+use crate::address_space;
+
 const SYS_RT_SIGPROCMASK: usize = 14;
 const SYS_IOCTL: usize = 16;
 const SYS_PROCESS_VM_READV: usize = 310;
@@ -101,13 +103,19 @@ struct IoVec {
 }
 
 fn transfer(nr: usize, local: usize, remote: usize, len: usize) -> Result<(), Errno> {
-    let pid = usize::try_from(rustix::process::getpid().as_raw_nonzero().get()).map_err(|_| Errno::SRCH)?;
     let (local, remote) = (IoVec { base: local, len }, IoVec { base: remote, len });
-    let args = [pid, (&raw const local).addr(), 1, (&raw const remote).addr(), 1, 0];
-    // SAFETY: both vectors live until the call returns. `local` names memory that the two callers below borrow for the
-    // right kind of access; `remote` is checked by the kernel.
-    let done = unsafe { syscall6(nr, args) }.map_err(|_| Errno::FAULT)?;
-    if done == len { Ok(()) } else { Err(Errno::FAULT) }
+    let transfer = |process: u32| {
+        let args = [process as usize, (&raw const local).addr(), 1, (&raw const remote).addr(), 1, 0];
+        // SAFETY: both vectors live until the call returns. `local` names memory that the two callers below borrow for the
+        // right kind of access; `remote` is checked by the kernel.
+        unsafe { syscall6(nr, args) }
+    };
+    let done = match transfer(address_space::process()) {
+        // A child of vfork may not be allowed to name its parent.
+        Err(Errno::PERM | Errno::SRCH) => transfer(address_space::caller()),
+        done => done,
+    };
+    if done == Ok(len) { Ok(()) } else { Err(Errno::FAULT) }
 }
 
 /// Copies from an address that a client gave, which may be bad.

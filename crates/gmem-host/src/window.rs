@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::backing::{self, Backing};
-use crate::maps::{self, Area};
+use crate::maps::{Area, Maps};
 
 /// What a window shows for a run of frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -103,12 +103,8 @@ impl Window {
     }
 
     /// Learns how the client's `len` bytes at `start` are mapped, which is where [`Shows::Client`] of this window points to.
-    ///
-    /// # Errors
-    /// Those of reading `/proc/self/maps`.
-    pub fn learn_client(&mut self, start: usize, len: usize) -> Result<(), Errno> {
-        self.client = maps::areas(start, start.saturating_add(len))?;
-        Ok(())
+    pub fn learn_client(&mut self, maps: &Maps, start: usize, len: usize) {
+        self.client = maps.areas(start, start.saturating_add(len));
     }
 
     /// Whether the client's memory at `address` can be read, or written.
@@ -150,15 +146,35 @@ impl Window {
     /// As [`Window::show`].
     pub fn replace(&mut self, range: GfnRange, shows: Shows, backings: &Backings) -> Result<(), Errno> {
         let Some(range) = self.gfns.intersect(range) else { return Ok(()) };
-        let address = self.address_of(range.start());
-        let len = usize::try_from(range.len() << PAGE_SHIFT).map_err(|_| Errno::NOMEM)?;
-        // SAFETY: the range lies in the window (invariant of the type).
-        unsafe { map(address, len, shows, backings, &self.client) }?;
+        if self.map(range, shows, backings) == Err(Errno::NOMEM) {
+            self.join(backings)?;
+            self.map(range, shows, backings)?;
+        }
         self.shown.insert(range.start().0, range.len(), shows);
         Ok(())
     }
+
+    /// Maps every run anew, as one: seams (see [`map`]) count as mappings, of which a process has a limited number.
+    fn join(&self, backings: &Backings) -> Result<(), Errno> {
+        let runs =
+            self.shown.iter().filter_map(|(start, len, shows)| Some((GfnRange::with_len(Gfn(start), len)?, *shows)));
+        runs.into_iter().try_for_each(|(range, shows)| self.map(range, shows, backings))
+    }
+
+    fn map(&self, range: GfnRange, shows: Shows, backings: &Backings) -> Result<(), Errno> {
+        let address = self.address_of(range.start());
+        let len = usize::try_from(range.len() << PAGE_SHIFT).map_err(|_| Errno::NOMEM)?;
+        // SAFETY: the range lies in the window, by the invariant of the type and because callers cut it.
+        unsafe { map(address, len, shows, backings, &self.client) }
+    }
 }
 
+/// Maps what a part of a window shows.
+///
+/// A part of 2 MiB or more is advised about; a smaller one is not, so that the kernel never makes one mapping of the two. A
+/// page that was converted once keeps a mapping of its own: to replace that is twice as fast as to cut a page out of a larger
+/// one, which takes away KVM's translations of the 2 MiB around it as well (`vma_adjust_trans_huge`).
+///
 /// # Safety
 /// `[address, address + len)` must lie in a window.
 unsafe fn map(address: usize, len: usize, shows: Shows, backings: &Backings, client: &[Area]) -> Result<(), Errno> {
@@ -166,7 +182,13 @@ unsafe fn map(address: usize, len: usize, shows: Shows, backings: &Backings, cli
     unsafe {
         match shows {
             Shows::Nothing => backing::map_nothing_at(address, len),
-            Shows::Client(from) => alias(from, address, len, client),
+            Shows::Client(from) => {
+                alias(from, address, len, client)?;
+                if len >= HUGE_2M {
+                    backing::keep_from_children(address, len);
+                }
+                Ok(())
+            }
             Shows::Backing(number, offset) => {
                 let backing = backings.get(&number).ok_or(Errno::BADF)?;
                 backing.map_at(address, len, offset)?;

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use crate::abi::{self, CreateGuestMemfd, EnableCap, MemoryAttributes, MemoryRegion, MemoryRegion2, cap};
 use crate::capability;
+use crate::fd_set::FdSet;
 use crate::memfd::{FileCall, FileObject, Map};
 use crate::native::Native;
 use crate::profile::Profile;
@@ -69,6 +70,8 @@ type Mappings = BTreeMap<usize, (usize, Arc<FileObject>)>;
 pub struct Process {
     config: Config,
     native: Native,
+    /// The numbers that `fds` has entries for.
+    known: FdSet,
     fds: RwLock<Vec<Option<Entry>>>,
     vms: Mutex<Vec<Weak<VmObject>>>,
     vm_count: AtomicUsize,
@@ -95,6 +98,7 @@ impl Process {
         Self {
             config,
             native,
+            known: FdSet::default(),
             fds: RwLock::default(),
             vms: Mutex::default(),
             vm_count: AtomicUsize::new(0),
@@ -106,6 +110,9 @@ impl Process {
     }
 
     fn entry(&self, fd: i32) -> Option<Entry> {
+        if !self.known.contains(fd) {
+            return None;
+        }
         let fds = self.fds.read().unwrap_or_else(PoisonError::into_inner);
         fds.get(usize::try_from(fd).ok()?)?.clone()
     }
@@ -120,11 +127,13 @@ impl Process {
     /// Sets an entry and returns the old one, which must be dropped without the lock: it may be the last of its file.
     fn replace(&self, fd: i32, entry: Option<Entry>) -> Option<Entry> {
         let index = usize::try_from(fd).ok()?;
+        let _signals = SignalsBlocked::new();
         let mut fds = self.fds.write().unwrap_or_else(PoisonError::into_inner);
         if index >= fds.len() {
             entry.as_ref()?;
             fds.resize(index + 1, None);
         }
+        self.known.set(fd, entry.is_some());
         std::mem::replace(fds.get_mut(index)?, entry)
     }
 
@@ -137,10 +146,12 @@ impl Process {
         if let (Some(Entry::Vcpu(vcpu)), abi::RUN, 0) = (&entry, request, arg) {
             return Answer::Done(vcpu.run());
         }
-        let _signals = entry.is_some().then(SignalsBlocked::new);
         match entry {
             Some(Entry::Vcpu(vcpu)) => vcpu_ioctl(&vcpu, request, arg),
-            Some(Entry::Vm(vm)) => self.vm_ioctl(&vm, request, arg),
+            Some(Entry::Vm(vm)) => {
+                let _signals = SignalsBlocked::new();
+                self.vm_ioctl(&vm, request, arg)
+            }
             Some(Entry::File(_)) => Answer::Done(Err(Errno::NOTTY)),
             None => self.system_ioctl(fd, request, arg),
         }
@@ -287,7 +298,7 @@ impl Process {
 
     /// The client closed `fd`. To be called before the number can be used again.
     pub fn closed(&self, fd: i32) {
-        if self.entry(fd).is_some() && self.is_own_memory() {
+        if self.known.contains(fd) && self.is_own_memory() {
             let _signals = SignalsBlocked::new();
             drop(self.replace(fd, None));
         }
@@ -312,6 +323,7 @@ impl Process {
     /// The process is a child of fork now, with descriptors and memory of its own.
     pub fn is_child(&self) {
         self.pid.store(rustix::process::getpid().as_raw_nonzero().get(), Ordering::Relaxed);
+        lock(&self.client).make_private();
     }
 
     /// The client closed the descriptors `first..=last`.
@@ -384,7 +396,10 @@ fn vcpu_ioctl(vcpu: &VcpuObject, request: u32, arg: usize) -> Answer<i32> {
             vcpu.forget_pending();
             Answer::Pass
         }
-        abi::PRE_FAULT_MEMORY => Answer::Done(vcpu.vm().check_owner().and_then(|()| vcpu.pre_fault(arg))),
+        abi::PRE_FAULT_MEMORY => {
+            let _signals = SignalsBlocked::new();
+            Answer::Done(vcpu.vm().check_owner().and_then(|()| vcpu.pre_fault(arg)))
+        }
         _ => Answer::Pass,
     }
 }

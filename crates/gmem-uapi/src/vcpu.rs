@@ -10,7 +10,7 @@ use gmem_core::slot::SlotFlags;
 use gmem_core::vendor::Side;
 use gmem_core::vm::View;
 use gmem_host::kvm::{self, RunMapping};
-use gmem_host::sys;
+use gmem_host::sys::{self, SignalsBlocked};
 use gmem_host::vcpu::{self, GuestView, Mmio, PendingWrite, RunArea};
 use gmem_host::window::Shows;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -198,6 +198,10 @@ impl VcpuObject {
 
     /// The client gave the vCPU other registers.
     pub(crate) fn forget_pending(&self) {
+        if !self.has_pending.load(Ordering::Relaxed) {
+            return;
+        }
+        let _signals = SignalsBlocked::new();
         *lock(&self.pending) = None;
         self.has_pending.store(false, Ordering::Relaxed);
     }

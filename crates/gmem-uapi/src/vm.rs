@@ -13,9 +13,11 @@ use gmem_core::ops::{
 use gmem_core::slot::{Slot, SlotFlags, SlotId};
 use gmem_core::vendor::Side;
 use gmem_core::vm::{Rules, View};
+use gmem_host::address_space::AddressSpace;
 use gmem_host::backing::Backing;
 use gmem_host::client::ClientMemory;
 use gmem_host::kvm::{self, Region};
+use gmem_host::maps::Maps;
 use gmem_host::window::{Backings, Shows, Window};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
@@ -33,8 +35,8 @@ pub(crate) struct VmObject {
     /// The real VM, through a descriptor of our own: files keep it alive after the client closed its last one.
     fd: OwnedFd,
     pub(crate) profile: &'static Profile,
-    /// The process that made it; ioctls from any other are EIO.
-    owner: rustix::process::Pid,
+    /// Where it was made; ioctls from anywhere else are EIO.
+    owner: AddressSpace,
     client: Arc<Mutex<ClientMemory>>,
     state: RwLock<State>,
 }
@@ -87,10 +89,11 @@ impl Mmu {
 
     /// The client's mappings are not what they were.
     fn learn_client(&mut self, core: &Vm) -> Result<(), Errno> {
+        let maps = Maps::now()?;
         for (id, window) in &mut self.windows {
             let Some(slot) = core.slots().get(*id) else { continue };
             let len = usize::try_from(slot.gfns.len() * PAGE_SIZE).map_err(|_| Errno::NOMEM)?;
-            window.learn_client(usize::try_from(slot.userspace_addr).map_err(|_| Errno::NOMEM)?, len)?;
+            window.learn_client(&maps, usize::try_from(slot.userspace_addr).map_err(|_| Errno::NOMEM)?, len);
         }
         Ok(())
     }
@@ -159,7 +162,7 @@ impl VmObject {
         Ok(Self {
             fd: kvm::hidden_copy(fd)?,
             profile,
-            owner: rustix::process::getpid(),
+            owner: AddressSpace::current()?,
             client,
             state: RwLock::new(State {
                 core: Vm::new(arch, rules),
@@ -184,7 +187,7 @@ impl VmObject {
 
     /// The kernel's first check of every VM and vCPU ioctl.
     pub(crate) fn check_owner(&self) -> Result<(), Errno> {
-        if self.owner == rustix::process::getpid() { Ok(()) } else { Err(Errno::IO) }
+        if AddressSpace::current()? == self.owner { Ok(()) } else { Err(Errno::IO) }
     }
 
     /// A vCPU is about to exist.
@@ -328,7 +331,7 @@ impl VmObject {
             (file_only, usize::try_from(claim.userspace_addr), usize::try_from(claim.memory_size))
         {
             lock(&self.client).make_shareable(start, len)?;
-            window.learn_client(start, len)?;
+            window.learn_client(&Maps::now()?, start, len);
         }
         let base = window.base() as u64;
         state.mmu.windows.insert(id, window);
