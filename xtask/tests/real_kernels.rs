@@ -88,14 +88,12 @@ fn selftests_of_private_memory_pass_under_gmem_on_stock() {
 
 #[test]
 fn transcripts_under_gmem_on_stock_equal_those_of_ref() {
-    succeeds(&["conform", "--seeds", "1..5"]);
+    succeeds(&["conform", "--seeds", "1..9"]);
 }
 
-/// Seeds that do not touch a slot of a default VM after its file was closed: there gmem still gives EFAULT without a gpa.
 #[test]
 fn transcripts_of_files_under_gmem_equal_those_of_a_newer_kernel() {
-    let files = ["--surface", "file", "--profile", "linux-7.3", "--types", "default"];
-    succeeds(&[&["conform", "--seeds", "4..6", "--reference", "7.3"], files.as_slice()].concat());
+    succeeds(&["conform", "--surface", "file", "--seeds", "1..9"]);
 }
 
 #[test]

@@ -15,6 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::Kernel;
@@ -34,7 +35,7 @@ use stress::Stress;
 #[command(after_help = "Examples:\n  \
     cargo xtask conform --seeds 0..200\n  \
     cargo xtask conform --seeds 17..18 --ops 100\n  \
-    cargo xtask conform --seeds 0..50 --reference 7.3 --surface file --profile linux-7.3 --types default\n  \
+    cargo xtask conform --seeds 0..50 --surface file\n  \
     cargo xtask conform --race 120")]
 pub(crate) struct Args {
     /// Seeds, from the first to the one before the last
@@ -43,12 +44,12 @@ pub(crate) struct Args {
     /// Operations in each sequence
     #[arg(long, value_name = "N", default_value_t = 500)]
     ops: u32,
-    /// The operations to choose from: all, or those on files and memslots
-    #[arg(long, value_name = "all|file")]
-    surface: Option<String>,
-    /// The kernel that is right
-    #[arg(long, value_enum, default_value = "ref")]
-    reference: Kernel,
+    /// The operations to choose from: all, or those on files and memslots of default VMs
+    #[arg(long, value_enum, default_value = "all")]
+    surface: Surface,
+    /// The kernel that is right; ref without, and 7.3 for `--surface file`
+    #[arg(long, value_enum)]
+    reference: Option<Kernel>,
     /// The kernel that gmem runs on
     #[arg(long, value_enum, default_value = "stock")]
     kernel: Kernel,
@@ -78,6 +79,38 @@ pub(crate) struct Args {
     under: Under,
 }
 
+/// What the operations are about, as gmem-conformance names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Surface {
+    All,
+    File,
+}
+
+impl Surface {
+    fn name(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::File => "file",
+        }
+    }
+
+    fn reference(self) -> Kernel {
+        match self {
+            Self::All => Kernel::Ref,
+            Self::File => Kernel::V7_3,
+        }
+    }
+
+    /// Options of `gmem run` where none are given: Debian's 7.3 has the default VM type only.
+    fn options(self, gmem: &Gmem) -> Gmem {
+        let [profile, types] = match self {
+            Self::All => [None, None],
+            Self::File => [Some("linux-7.3".to_owned()), Some("default".to_owned())],
+        };
+        Gmem { profile: gmem.profile.clone().or(profile), types: gmem.types.clone().or(types), ..gmem.clone() }
+    }
+}
+
 fn seeds(text: &str) -> Result<Range<u64>> {
     let (first, end) = text.split_once("..").ok_or_else(|| anyhow!("a range is written A..B"))?;
     let range = first.parse()?..end.parse()?;
@@ -103,7 +136,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             None => here(args, folder, client),
         };
     }
-    let (client, gmem) = (client(args.client.as_deref())?, args.gmem.ready()?);
+    let (client, gmem) = (client(args.client.as_deref())?, args.surface.options(&args.gmem).ready()?);
     if let Some(stress) = Stress::of(args) {
         return stress::run(args, stress, &client, &gmem);
     }
@@ -118,7 +151,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     println!("different: seed {}", list.join(", "));
     let (case, pair) =
         if args.no_shrink { (cases[first].clone(), pairs[first].clone()) } else { both.shrink(&cases[first])? };
-    print!("{}", pair.difference(&case, args.surface.as_deref()));
+    print!("{}", pair.difference(&case, args.surface));
     Ok(ExitCode::FAILURE)
 }
 
@@ -148,7 +181,7 @@ impl Pair {
     }
 
     /// The first lines that differ, with those before them.
-    fn difference(&self, case: &Case, surface: Option<&str>) -> String {
+    fn difference(&self, case: &Case, surface: Surface) -> String {
         let (native, gmem): (Vec<&str>, Vec<&str>) = (self.native.lines().collect(), self.gmem.lines().collect());
         let at = native.iter().zip(&gmem).take_while(|(a, b)| a == b).count();
         let mut text = format!("\n{}\n", case.command(Path::new("gmem-conformance"), surface).join(" "));
@@ -165,16 +198,14 @@ impl Pair {
 }
 
 impl Case {
-    fn command(&self, client: &Path, surface: Option<&str>) -> Vec<String> {
+    fn command(&self, client: &Path, surface: Surface) -> Vec<String> {
         let mut words = vec![client.display().to_string()];
         words.extend(["--seed".to_owned(), self.seed.to_string(), "--ops".to_owned(), self.ops.to_string()]);
         if !self.skip.is_empty() {
             let list: Vec<String> = self.skip.iter().map(u32::to_string).collect();
             words.extend(["--skip".to_owned(), list.join(",")]);
         }
-        if let Some(surface) = surface {
-            words.extend(["--surface".to_owned(), surface.to_owned()]);
-        }
+        words.extend(["--surface".to_owned(), surface.name().to_owned()]);
         words
     }
 }
@@ -192,7 +223,9 @@ impl Both<'_> {
     /// Runs all cases on both sides, which boot at the same time.
     fn transcripts(&self, cases: &[Case]) -> Result<Vec<Pair>> {
         let (native, gmem) = thread::scope(|scope| {
-            let native = scope.spawn(|| self.side(Under::Native, self.args.reference, cases));
+            let native = scope.spawn(|| {
+                self.side(Under::Native, self.args.reference.unwrap_or(self.args.surface.reference()), cases)
+            });
             let gmem = self.side(Under::Gmem, self.args.kernel, cases);
             (native.join(), gmem)
         });
@@ -206,9 +239,7 @@ impl Both<'_> {
         let mut arguments: Vec<OsString> = vec!["conform".into(), "--cases".into(), folder.path().into()];
         arguments.extend(["--client".into(), (&self.client).into(), "--under".into(), under.name().into()]);
         arguments.extend(["--limit".into(), self.args.limit.to_string().into()]);
-        if let Some(surface) = &self.args.surface {
-            arguments.extend(["--surface".into(), surface.into()]);
-        }
+        arguments.extend(["--surface".into(), self.args.surface.name().into()]);
         arguments.extend(self.gmem.arguments());
         let timeout = Duration::from_secs(60) + Duration::from_secs(self.args.limit) * u32::try_from(cases.len())?;
         let status = under::myself(kernel, &self.machine, timeout, folder.path(), arguments)?;
@@ -300,7 +331,7 @@ fn here(args: &Args, folder: &Path, client: &Path) -> Result<ExitCode> {
     let (output, errors) = (work.path().join("output"), work.path().join("errors"));
     for (number, case) in cases.iter().enumerate() {
         let mut words = args.gmem.prefix(args.under);
-        words.extend(case.command(client, args.surface.as_deref()).into_iter().map(OsString::from));
+        words.extend(case.command(client, args.surface).into_iter().map(OsString::from));
         let ran =
             under::client(&words, Duration::from_secs(args.limit), File::create(&output)?, File::create(&errors)?)?;
         let mut transcript = fs::read(&output)?;
@@ -354,7 +385,7 @@ mod tests {
         let pair = Pair { native: "a\nb\nc\n".into(), gmem: "a\nx\nc\n".into() };
         assert!(!pair.same());
         let case = Case { seed: 7, ops: 3, skip: vec![1, 2] };
-        let text = pair.difference(&case, Some("file"));
+        let text = pair.difference(&case, Surface::File);
         let wanted =
             "\ngmem-conformance --seed 7 --ops 3 --skip 1,2 --surface file\n           a\n  native > b\n  native > c\n";
         assert_eq!(text, format!("{wanted}  gmem   > x\n  gmem   > c\n"));

@@ -53,9 +53,7 @@ pub(super) fn run(args: &Args, stress: Stress, client: &Path, gmem: &Gmem) -> Re
     arguments.extend(stress.words());
     arguments.extend(["--seeds".into(), format!("{}..{}", args.seeds.start, args.seeds.end).into()]);
     arguments.extend(["--client".into(), client.into(), "--under".into(), args.under.name().into()]);
-    if let Some(surface) = &args.surface {
-        arguments.extend(["--surface".into(), surface.into()]);
-    }
+    arguments.extend(["--surface".into(), args.surface.name().into()]);
     arguments.extend(gmem.arguments());
     let mut machine = args.machine.clone();
     machine.hugepages = machine.hugepages.max(HUGEPAGES);
@@ -69,9 +67,7 @@ pub(super) fn here(args: &Args, stress: Stress, folder: &Path, client: &Path) ->
     words.push(client.into());
     words.extend(stress.words());
     words.extend(["--seed".into(), args.seeds.start.to_string().into()]);
-    if let Some(surface) = &args.surface {
-        words.extend(["--surface".into(), surface.into()]);
-    }
+    words.extend(["--surface".into(), args.surface.name().into()]);
     let log = folder.join("log");
     let before = Held::now()?;
     let file = File::create(&log)?;
