@@ -86,6 +86,13 @@ impl ClientMemory {
         Ok(any)
     }
 
+    /// Whether all of `[start, end)` was moved.
+    #[must_use]
+    pub fn holds(&self, start: usize, end: usize) -> bool {
+        let whole = self.pieces(start, end).try_fold(start, |next, (from, to, ..)| (from == next).then_some(to));
+        whole == Some(end)
+    }
+
     fn pieces(&self, start: usize, end: usize) -> impl Iterator<Item = (usize, usize, u64, &Backing)> {
         let before = self.moved.range(..start).next_back();
         before.into_iter().chain(self.moved.range(start..end)).filter_map(move |(&base, moved)| {

@@ -13,6 +13,7 @@ use crate::address_space;
 
 const SYS_RT_SIGPROCMASK: usize = 14;
 const SYS_IOCTL: usize = 16;
+const SYS_RT_SIGPENDING: usize = 127;
 const SYS_PROCESS_VM_READV: usize = 310;
 const SYS_PROCESS_VM_WRITEV: usize = 311;
 
@@ -71,6 +72,15 @@ impl SignalsBlocked {
     #[must_use]
     pub fn new() -> Self {
         Self { before: set_signal_mask(u64::MAX) }
+    }
+
+    /// Whether a signal has come that this thread would have taken: a long call is to end early.
+    #[must_use]
+    pub fn is_interrupted(&self) -> bool {
+        let mut pending = 0u64;
+        // SAFETY: the kernel writes `pending`, which has the size given.
+        let known = unsafe { syscall6(SYS_RT_SIGPENDING, [(&raw mut pending).addr(), size_of::<u64>(), 0, 0, 0, 0]) };
+        known.is_ok() && pending & !self.before != 0
     }
 }
 

@@ -112,18 +112,20 @@ export! {
 
     fn mmap64(address: usize, len: size_t, prot: c_int, flags: c_int, fd: c_int, offset: off_t) -> usize {
         let anonymous = flags & libc::MAP_ANONYMOUS != 0;
-        let base = answer(
+        answer(
             |process| match anonymous {
                 true => gmem_uapi::Answer::Pass,
                 false => process.mmap(address, len, bits(prot), bits(flags), fd, unsigned(offset)),
             },
-            || real::mmap64(address, len, prot, flags, fd, offset),
-        );
-        // Only a fixed address can replace guest memory.
-        if flags & libc::MAP_FIXED != 0 && base == address {
-            tell(|process| process.mapping_changed(address, len));
-        }
-        base
+            || {
+                let base = real::mmap64(address, len, prot, flags, fd, offset);
+                // Only a fixed address can replace guest memory.
+                if flags & libc::MAP_FIXED != 0 && base == address {
+                    tell(|process| process.mapping_changed(address, len));
+                }
+                base
+            },
+        )
     }
 
     fn munmap(address: usize, len: size_t) -> c_int {
@@ -146,8 +148,8 @@ export! {
     }
 
     fn madvise(address: usize, len: size_t, advice: c_int) -> c_int {
-        let result = real::madvise(address, len, advice);
-        if result == 0 && advice == libc::MADV_DONTNEED {
+        let result = answer(|process| process.advice(address, len, advice), || real::madvise(address, len, advice));
+        if result == 0 && matches!(advice, libc::MADV_DONTNEED | libc::MADV_DONTNEED_LOCKED) {
             tell(|process| { let _ = process.advise_dontneed(address, len); });
         }
         result

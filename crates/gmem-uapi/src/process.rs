@@ -44,6 +44,12 @@ impl Config {
     }
 }
 
+/// Advice of `madvise` that gmem looks at (`include/uapi/asm-generic/mman-common.h`).
+mod advice {
+    pub(super) const FREE: i32 = 8;
+    pub(super) const COLLAPSE: i32 = 25;
+}
+
 /// What becomes of a call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Answer<T> {
@@ -286,12 +292,10 @@ impl Process {
         let base = file.map(Map { address, len, prot, flags, offset });
         if let Ok(base) = base {
             let end = base.saturating_add(len.next_multiple_of(4096));
+            self.mapping_changed(base, end - base);
             let mut mappings = lock(&self.mappings);
-            let gone = cut(&mut mappings, base, end);
             mappings.insert(base, (end, file));
             self.mapping_count.store(mappings.len(), Ordering::Relaxed);
-            drop(mappings);
-            drop(gone);
         }
         Answer::Done(base)
     }
@@ -359,6 +363,33 @@ impl Process {
         }
     }
 
+    /// `madvise`, as far as the host would answer it otherwise than the client expects.
+    pub fn advice(&self, start: usize, len: usize, advice: i32) -> Answer<i32> {
+        let end = start.saturating_add(len);
+        match advice {
+            // Folios of a guest_memfd are not collapsed for a mapping (mm/khugepaged.c, `file_thp_enabled`).
+            advice::COLLAPSE if self.maps_file(start, end) => Answer::Done(Err(Errno::INVAL)),
+            // Lazily freed memory may as well be freed at once; the host refuses the advice for shared memory.
+            advice::FREE if self.vm_count.load(Ordering::Relaxed) > 0 => {
+                let client = lock(&self.client);
+                if client.holds(start, end) {
+                    Answer::Done(client.advise_dontneed(start, len).map(|_| 0))
+                } else {
+                    Answer::Pass
+                }
+            }
+            _ => Answer::Pass,
+        }
+    }
+
+    fn maps_file(&self, start: usize, end: usize) -> bool {
+        if self.mapping_count.load(Ordering::Relaxed) == 0 {
+            return false;
+        }
+        let mappings = lock(&self.mappings);
+        mappings.range(..end).next_back().is_some_and(|(_, (until, _))| *until > start)
+    }
+
     /// `MADV_DONTNEED` by the client: whether gmem gave the zeros that it expects.
     pub fn advise_dontneed(&self, start: usize, len: usize) -> Result<(), Errno> {
         if self.vm_count.load(Ordering::Relaxed) == 0 {
@@ -396,10 +427,7 @@ fn vcpu_ioctl(vcpu: &VcpuObject, request: u32, arg: usize) -> Answer<i32> {
             vcpu.forget_pending();
             Answer::Pass
         }
-        abi::PRE_FAULT_MEMORY => {
-            let _signals = SignalsBlocked::new();
-            Answer::Done(vcpu.vm().check_owner().and_then(|()| vcpu.pre_fault(arg)))
-        }
+        abi::PRE_FAULT_MEMORY => Answer::Done(vcpu.pre_fault(arg)),
         _ => Answer::Pass,
     }
 }

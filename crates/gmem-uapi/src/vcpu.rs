@@ -266,12 +266,14 @@ impl VcpuObject {
 
     /// `KVM_PRE_FAULT_MEMORY`.
     pub(crate) fn pre_fault(&self, address: usize) -> Result<i32, Errno> {
+        let signals = SignalsBlocked::new();
+        self.vm().check_owner()?;
         let mut claim: PreFaultMemory = abi::read(address)?;
         if claim.flags != 0 {
             return Err(Errno::INVAL);
         }
         let range = GfnRange::from_bytes(claim.gpa, claim.size).map_err(|_| Errno::INVAL)?;
-        let (done, end) = self.pre_fault_range(range);
+        let (done, end) = self.pre_fault_range(range, &signals);
         if done == 0 {
             end?;
         }
@@ -281,7 +283,7 @@ impl VcpuObject {
     }
 
     /// Bytes done, and why it stopped.
-    fn pre_fault_range(&self, range: GfnRange) -> (u64, Result<(), Errno>) {
+    fn pre_fault_range(&self, range: GfnRange, signals: &SignalsBlocked) -> (u64, Result<(), Errno>) {
         let mut done = 0;
         let mut next = Some(range);
         while let Some(rest) = next {
@@ -289,7 +291,7 @@ impl VcpuObject {
                 Ok(run) => run,
                 Err(error) => return (done, Err(error)),
             };
-            let (bytes, result) = self.touch(run);
+            let (bytes, result) = self.touch(run, signals);
             done += bytes;
             if result.is_err() || bytes < run.len() * PAGE_SIZE {
                 return (done, result);
@@ -299,15 +301,27 @@ impl VcpuObject {
         (done, Ok(()))
     }
 
-    fn touch(&self, run: GfnRange) -> (u64, Result<(), Errno>) {
+    /// Lets the host prefault what it can, a piece at a time: no slot changes meanwhile, because Linux 6.12 tries again for
+    /// ever when one is deleted under it, and the deletion waits for it (`kvm_tdp_map_page`).
+    fn touch(&self, run: GfnRange, signals: &SignalsBlocked) -> (u64, Result<(), Errno>) {
+        const PIECE: u64 = 2 << 20;
         let size = run.len() * PAGE_SIZE;
         if !self.host_prefaults {
             return (size, Ok(()));
         }
-        match kvm::pre_fault(self.fd.as_fd(), run.start().gpa(), size) {
-            Ok((_, left)) => (size - left.min(size), Ok(())),
-            Err(error) => (0, Err(error)),
+        let mut done = 0;
+        while done < size {
+            let state = self.vm.read();
+            let (gpa, len) = (run.start().gpa() + done, (size - done).min(PIECE));
+            let slot = state.core.slots().at(0, Gfn::of_gpa(gpa)).ok_or(Errno::NOENT);
+            let ready = if signals.is_interrupted() { Err(Errno::INTR) } else { slot };
+            match ready.and_then(|_| kvm::pre_fault(self.fd.as_fd(), gpa, len)) {
+                Ok((_, left)) if left < len => done += len - left,
+                Ok(_) => return (done, Ok(())),
+                Err(error) => return (done, Err(error)),
+            }
         }
+        (size, Ok(()))
     }
 }
 
