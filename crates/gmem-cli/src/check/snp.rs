@@ -11,6 +11,7 @@ use gmem_core::vendor::snp::rmp::{Asid, RmpSize, RmpUpdate};
 use serde_json::Value;
 
 use super::Case;
+use crate::measure::report::hex;
 
 const LISTS: [&str; 6] = ["pages", "ops", "steps", "page_info_steps", "page_infos", "updates"];
 const DIGESTS: [&str; 4] = ["launch_digest", "ld", "digest", "measurement"];
@@ -57,7 +58,7 @@ fn replay_vector(index: usize, vector: &Value) -> Vec<Case> {
 fn replay_sev(steps: &Value) -> Result<String, String> {
     let mut digest = SevDigest::new();
     for step in steps.as_array().ok_or("steps are not a list")? {
-        digest.update(&bytes(step)?.ok_or("a step has no bytes")?);
+        digest.update(&bytes(step, RmpSize::Page4K)?.ok_or("a step has no bytes")?);
     }
     Ok(hex(&digest.digest()))
 }
@@ -133,11 +134,14 @@ impl Launch {
     }
 
     fn object(&mut self, step: &Value) -> Result<String, String> {
-        let size = match number(step.get("size").or_else(|| step.get("len"))) {
+        let given = step.get("size").or_else(|| step.get("len"));
+        let size = match number(given) {
+            Some(0x1000) => RmpSize::Page4K,
             Some(0x20_0000) => RmpSize::Page2M,
-            _ => RmpSize::Page4K,
+            None if given.is_none() => RmpSize::Page4K,
+            _ => return Err(format!("no page has size {given:?}")),
         };
-        self.load(&Load { info: page_info(step)?, size, contents: contents(step)? })
+        self.load(&Load { info: page_info(step)?, size, contents: contents(step, size)? })
     }
 
     /// A recorded structure: its digest has to be ours, the rest is loaded.
@@ -233,13 +237,28 @@ impl Contents {
 fn page_info(step: &Value) -> Result<PageInfo, String> {
     let kind = ["type", "page_type", "kind"].iter().find_map(|key| step.get(key)).and_then(page_type);
     let gpa = number(step.get("gpa").or_else(|| step.get("address")));
-    let small = |key: &str| number(step.get(key)).and_then(|value| u8::try_from(value).ok()).unwrap_or(0);
+    let small = |key: &str| match step.get(key) {
+        None => Ok(0),
+        value => number(value).and_then(|value| u8::try_from(value).ok()).ok_or_else(|| format!("{key} is not a byte")),
+    };
     Ok(PageInfo {
         kind: kind.ok_or_else(|| format!("no page type in {step}"))?,
         gpa: gpa.ok_or_else(|| format!("no gpa in {step}"))?,
-        imi: small("imi") != 0 || small("imi_page") != 0 || step.get("imi").is_some_and(|imi| imi == true),
-        vmpl: [small("vmpl1"), small("vmpl2"), small("vmpl3")],
+        imi: flag(step.get("imi").or_else(|| step.get("imi_page")))?,
+        vmpl: [small("vmpl1")?, small("vmpl2")?, small("vmpl3")?],
     })
+}
+
+/// A bit as a boolean or a number.
+fn flag(value: Option<&Value>) -> Result<bool, String> {
+    match value {
+        None | Some(Value::Null | Value::Bool(false)) => Ok(false),
+        Some(Value::Bool(true)) => Ok(true),
+        other => match number(other) {
+            Some(bit @ 0..=1) => Ok(bit == 1),
+            _ => Err(format!("not a bit: {other:?}")),
+        },
+    }
 }
 
 fn page_type(kind: &Value) -> Option<PageType> {
@@ -254,17 +273,18 @@ fn named_type(name: &str) -> Option<PageType> {
     PageType::ALL.into_iter().find(|kind| kind.name() == name.trim_start_matches("PAGE_TYPE_"))
 }
 
-fn contents(step: &Value) -> Result<Contents, String> {
-    if let Some(bytes) = bytes(step)? {
+fn contents(step: &Value, size: RmpSize) -> Result<Contents, String> {
+    if let Some(bytes) = bytes(step, size)? {
         return Ok(Contents::Bytes(bytes));
     }
     let hash = text(step, &HASHES).and_then(unhex).and_then(|hash| hash.try_into().ok());
     Ok(hash.map_or_else(|| Contents::Bytes(Vec::new()), |hash| Contents::Hash(ContentsHash(hash))))
 }
 
-fn bytes(step: &Value) -> Result<Option<Vec<u8>>, String> {
+fn bytes(step: &Value, size: RmpSize) -> Result<Option<Vec<u8>>, String> {
     if let Some(fill) = number(step.get("fill_byte").or_else(|| step.get("fill"))) {
-        return Ok(Some(vec![u8::try_from(fill).map_err(debug)?; 4096]));
+        let len = usize::try_from(size.pages()).map_err(debug)? * 4096;
+        return Ok(Some(vec![u8::try_from(fill).map_err(debug)?; len]));
     }
     if let Some(page) = text(step, &["page", "data"]) {
         return filled(page).or_else(|| unhex(page)).map(Some).ok_or_else(|| format!("cannot read page {page:?}"));
@@ -287,10 +307,6 @@ fn number(value: Option<&Value>) -> Option<u64> {
 fn parse_number(text: &str) -> Option<u64> {
     let text = text.trim();
     text.strip_prefix("0x").map_or_else(|| text.parse().ok(), |hex| u64::from_str_radix(hex, 16).ok())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn unhex(text: &str) -> Option<Vec<u8>> {

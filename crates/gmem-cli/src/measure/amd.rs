@@ -1,50 +1,47 @@
 //! `gmem measure snp`, `snp-ovmf-hash`, `snp-svsm`, `sev` and `sev-es`.
 //!
-//! Options have the names and the meaning that PyPI's `sev-snp-measure` gives them; its `--mode` is the subcommand here.
+//! Options have the names and the meaning that PyPI's `sev-snp-measure` gives them; its `--mode` is the subcommand here. What
+//! it does not have is `--igvm`, whose `--native-zero` is that of coconut-svsm's `igvmmeasure`.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use base64::Engine as _;
 use clap::{Args, ValueEnum};
+use gmem_core::measure::igvm::{Igvm, ZeroPages};
 use gmem_core::measure::launch::{
     LaunchError, Part, SevGuest, SevStep, SnpGuest, SnpStep, SvsmGuest, firmware_digest, svsm_end,
 };
-use gmem_core::measure::ovmf::{BootHashes, Ovmf, OvmfError, SectionKind};
+use gmem_core::measure::ovmf::{BootHashes, Ovmf, SectionKind};
 use gmem_core::measure::vmsa::{VCPU_TYPES, VcpuReset, Vmm, reset_pages, signature, svsm_page};
-use serde_json::{Value, json};
+use serde_json::json;
 
-/// How to print a measurement.
+use super::read_image;
+use super::report::{OutputArgs, Report, hex, stdout};
+
+/// What a guest starts from.
 #[derive(Args, Debug)]
-pub(crate) struct OutputArgs {
-    /// Form of the measurement.
-    #[arg(long, value_enum, default_value_t)]
-    output_format: Format,
-    /// Print a sentence around the measurement.
-    #[arg(short, long)]
-    verbose: bool,
-    /// Print an object; with --explain it has the steps.
-    #[arg(long)]
-    json: bool,
-    /// Print every page or load with the digest after it, then the measurement.
-    #[arg(long)]
-    explain: bool,
-}
-
-/// Encodings of a measurement.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum Format {
-    #[default]
-    Hex,
-    Base64,
-}
-
-/// The firmware and what it boots directly.
-#[derive(Args, Debug)]
-pub(crate) struct ImageArgs {
+#[group(required = true, multiple = false)]
+struct Source {
     /// OVMF image.
     #[arg(long, value_name = "PATH")]
-    ovmf: PathBuf,
+    ovmf: Option<PathBuf>,
+    /// IGVM file, which says by itself what is loaded, vCPUs included.
+    #[arg(long, value_name = "PATH", conflicts_with_all = [
+        "kernel", "vcpus", "vcpu_type", "vcpu_sig", "vcpu_family", "dump_vmsa", "snp_ovmf_hash",
+    ])]
+    igvm: Option<PathBuf>,
+}
+
+/// What is loaded, besides the vCPUs.
+#[derive(Args, Debug)]
+pub(crate) struct ImageArgs {
+    #[command(flatten)]
+    source: Source,
+    /// Load pages of the IGVM file that have no bytes as SNP's type ZERO, as QEMU does, not as NORMAL pages of zeros, as the
+    /// format says.
+    #[arg(long, requires = "igvm")]
+    native_zero: bool,
     /// Kernel for direct boot.
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
@@ -56,12 +53,12 @@ pub(crate) struct ImageArgs {
     append: Option<String>,
 }
 
-/// The vCPUs.
+/// The vCPUs, which SEV-ES and SNP measure.
 #[derive(Args, Debug)]
 pub(crate) struct VcpuArgs {
-    /// Number of vCPUs.
+    /// Number of vCPUs; needed with an OVMF image.
     #[arg(long, value_name = "N")]
-    vcpus: u32,
+    vcpus: Option<u32>,
     /// QEMU's name of the vCPU model.
     #[arg(long, value_name = "CPUTYPE", value_parser = VCPU_TYPES.map(|(name, _)| name))]
     vcpu_type: Option<String>,
@@ -104,9 +101,9 @@ impl From<VmmType> for Vmm {
     }
 }
 
-/// `gmem measure snp`.
+/// `gmem measure snp`, `sev` and `sev-es`.
 #[derive(Args, Debug)]
-pub(crate) struct SnpArgs {
+pub(crate) struct GuestArgs {
     #[command(flatten)]
     image: ImageArgs,
     #[command(flatten)]
@@ -114,10 +111,10 @@ pub(crate) struct SnpArgs {
     /// Who runs the guest.
     #[arg(long, value_enum, default_value_t)]
     vmm_type: VmmType,
-    /// SEV_FEATURES of the vCPUs.
+    /// SEV_FEATURES of the vCPUs; measured by SNP only.
     #[arg(long, value_name = "VALUE", default_value = "0x1", value_parser = parse_number)]
     guest_features: u64,
-    /// Digest of the OVMF image from `snp-ovmf-hash`, used instead of its bytes.
+    /// Digest of the OVMF image from `snp-ovmf-hash`, used instead of its bytes; for SNP only.
     #[arg(long, value_name = "HASH", value_parser = parse_digest)]
     snp_ovmf_hash: Option<[u8; 48]>,
     #[command(flatten)]
@@ -155,96 +152,103 @@ pub(crate) struct SvsmArgs {
     output: OutputArgs,
 }
 
-/// `gmem measure sev`.
-#[derive(Args, Debug)]
-pub(crate) struct SevArgs {
-    #[command(flatten)]
-    image: ImageArgs,
-    #[command(flatten)]
-    output: OutputArgs,
-}
-
-/// `gmem measure sev-es`.
-#[derive(Args, Debug)]
-pub(crate) struct SevEsArgs {
-    #[command(flatten)]
-    image: ImageArgs,
-    #[command(flatten)]
-    vcpu: VcpuArgs,
-    /// Who runs the guest.
-    #[arg(long, value_enum, default_value_t)]
-    vmm_type: VmmType,
-    #[command(flatten)]
-    output: OutputArgs,
-}
-
 /// Measures an SNP guest.
-pub(crate) fn run_snp(args: &SnpArgs) -> Result<()> {
-    let data = read(&args.image.ovmf)?;
-    let ovmf = parse(&data)?;
+pub(crate) fn run_snp(args: &GuestArgs) -> Result<()> {
+    let mut report = Report::new("SEV_SNP", &args.output, stdout());
+    if let Some(path) = &args.image.source.igvm {
+        return run_snp_igvm(path, args.image.native_zero, report);
+    }
+    let path = args.image.ovmf()?;
+    let data = read_image(path)?;
+    let named = || path.display().to_string();
+    let ovmf = Ovmf::parse(&data).with_context(named)?;
     let vcpu = args.vcpu.reset(args.vmm_type, args.guest_features)?;
     let boot = args.image.boot()?;
-    let guest = SnpGuest { ovmf: &ovmf, firmware_digest: args.snp_ovmf_hash, boot, vcpus: args.vcpu.vcpus, vcpu };
-    let mut report = Report::new("SEV_SNP", &args.output);
-    let digest = guest.measure(|step| report.snp(step)).map_err(explain_error)?;
-    args.vcpu.dump(&reset_pages(vcpu, &ovmf).map_err(|error| explain_error(error.into()))?)?;
-    report.finish(&digest.digest());
-    Ok(())
+    let guest = SnpGuest { ovmf: &ovmf, firmware_digest: args.snp_ovmf_hash, boot, vcpus: args.vcpu.count()?, vcpu };
+    let digest = guest.measure(|step| snp_step(&mut report, step)).with_context(named)?;
+    args.vcpu.dump(&reset_pages(vcpu, &ovmf)?)?;
+    report.finish(&digest.digest())
+}
+
+fn run_snp_igvm(path: &Path, native_zero: bool, mut report: Report<'_, impl Write>) -> Result<()> {
+    let data = read_image(path)?;
+    let named = || path.display().to_string();
+    let igvm = Igvm::parse(&data).with_context(named)?;
+    let zero = if native_zero { ZeroPages::Native } else { ZeroPages::Data };
+    let digest = igvm.measure_snp(zero, |step| snp_step(&mut report, step)).with_context(named)?.digest();
+    report.finish(&digest)?;
+    match igvm.id_block_digest() {
+        Some(promised) if promised != digest => {
+            bail!(
+                "the ID block of the file promises another digest, so the firmware would refuse it: {}",
+                hex(&promised)
+            )
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Measures a firmware image alone.
 pub(crate) fn run_snp_ovmf_hash(args: &OvmfHashArgs) -> Result<()> {
-    let data = read(&args.ovmf)?;
-    let mut report = Report::new("SEV_SNP OVMF", &args.output);
-    let digest = firmware_digest(&parse(&data)?, |step| report.snp(step)).map_err(explain_error)?;
-    report.finish(&digest.digest());
-    Ok(())
+    let data = read_image(&args.ovmf)?;
+    let mut report = Report::new("SEV_SNP OVMF", &args.output, stdout());
+    let digest = Ovmf::parse(&data)
+        .map_err(LaunchError::from)
+        .and_then(|ovmf| firmware_digest(&ovmf, |step| snp_step(&mut report, step)))
+        .with_context(|| args.ovmf.display().to_string())?;
+    report.finish(&digest.digest())
 }
 
 /// Measures an SNP guest with an SVSM, under QEMU.
 pub(crate) fn run_snp_svsm(args: &SvsmArgs) -> Result<()> {
-    let (data, svsm) = (read(&args.ovmf)?, read(&args.svsm)?);
-    let ovmf = parse(&data)?;
+    let (data, svsm) = (read_image(&args.ovmf)?, read_image(&args.svsm)?);
+    let ovmf = Ovmf::parse(&data).with_context(|| args.ovmf.display().to_string())?;
     let vars = match (&args.vars_file, args.vars_size) {
         (Some(path), _) => std::fs::metadata(path).with_context(|| path.display().to_string())?.len(),
         (None, size) => size.unwrap_or(0),
     };
-    let svsm = svsm_end(&ovmf, vars).and_then(|end| Ovmf::parse_at(&svsm, end));
-    let svsm = svsm.map_err(|error| explain_error(error.into())).context("SVSM image")?;
+    let svsm = svsm_end(&ovmf, vars)
+        .and_then(|end| Ovmf::parse_at(&svsm, end))
+        .with_context(|| args.svsm.display().to_string())?;
     let signature = args.vcpu.signature(VmmType::Qemu)?;
-    let guest = SvsmGuest { ovmf: &ovmf, svsm: &svsm, vcpus: args.vcpu.vcpus, signature };
-    let mut report = Report::new("SEV_SNP_SVSM", &args.output);
-    let digest = guest.measure(|step| report.snp(step)).map_err(explain_error)?;
-    let page = svsm_page(signature, svsm.svsm_entry().map_err(|error| explain_error(error.into()))?);
+    let guest = SvsmGuest { ovmf: &ovmf, svsm: &svsm, vcpus: args.vcpu.count()?, signature };
+    let mut report = Report::new("SEV_SNP_SVSM", &args.output, stdout());
+    let digest = guest.measure(|step| snp_step(&mut report, step)).with_context(|| args.svsm.display().to_string())?;
+    let page = svsm_page(signature, svsm.svsm_entry()?);
     args.vcpu.dump(&[page, page])?;
-    report.finish(&digest.digest());
-    Ok(())
+    report.finish(&digest.digest())
 }
 
-/// Measures an SEV guest.
-pub(crate) fn run_sev(args: &SevArgs) -> Result<()> {
-    let data = read(&args.image.ovmf)?;
-    let guest = SevGuest { ovmf: &parse(&data)?, boot: args.image.boot()?, vcpus: None };
-    let mut report = Report::new("SEV", &args.output);
-    let digest = guest.measure(|step| report.sev(step)).map_err(explain_error)?;
-    report.finish(&digest);
-    Ok(())
-}
-
-/// Measures an SEV-ES guest.
-pub(crate) fn run_sev_es(args: &SevEsArgs) -> Result<()> {
-    let data = read(&args.image.ovmf)?;
-    let ovmf = parse(&data)?;
-    let vcpu = args.vcpu.reset(args.vmm_type, 0)?;
-    let guest = SevGuest { ovmf: &ovmf, boot: args.image.boot()?, vcpus: Some((args.vcpu.vcpus, vcpu)) };
-    let mut report = Report::new("SEV_ES", &args.output);
-    let digest = guest.measure(|step| report.sev(step)).map_err(explain_error)?;
-    args.vcpu.dump(&reset_pages(vcpu, &ovmf).map_err(|error| explain_error(error.into()))?)?;
-    report.finish(&digest);
-    Ok(())
+/// Measures an SEV guest, or an SEV-ES guest, which has its vCPUs measured.
+pub(crate) fn run_sev(args: &GuestArgs, es: bool) -> Result<()> {
+    ensure!(args.snp_ovmf_hash.is_none(), "--snp-ovmf-hash is for SNP: SEV hashes the image as one stream");
+    ensure!(!args.image.native_zero, "--native-zero is for SNP: SEV has no pages of the type ZERO");
+    ensure!(es || !args.vcpu.dump_vmsa, "--dump-vmsa: SEV has no save areas");
+    let mut report = Report::new(if es { "SEV_ES" } else { "SEV" }, &args.output, stdout());
+    if let Some(path) = &args.image.source.igvm {
+        let digest =
+            Igvm::parse(&read_image(path)?).and_then(|igvm| igvm.measure_sev(es, |step| sev_step(&mut report, step)));
+        return report.finish(&digest.with_context(|| path.display().to_string())?);
+    }
+    let path = args.image.ovmf()?;
+    let data = read_image(path)?;
+    let named = || path.display().to_string();
+    let ovmf = Ovmf::parse(&data).with_context(named)?;
+    let vcpu = es.then(|| args.vcpu.reset(args.vmm_type, 0)).transpose()?;
+    let vcpus = vcpu.map(|vcpu| Ok::<_, anyhow::Error>((args.vcpu.count()?, vcpu))).transpose()?;
+    let guest = SevGuest { ovmf: &ovmf, boot: args.image.boot()?, vcpus };
+    let digest = guest.measure(|step| sev_step(&mut report, step)).with_context(named)?;
+    if let Some(vcpu) = vcpu {
+        args.vcpu.dump(&reset_pages(vcpu, &ovmf)?)?;
+    }
+    report.finish(&digest)
 }
 
 impl ImageArgs {
+    fn ovmf(&self) -> Result<&Path> {
+        self.source.ovmf.as_deref().context("--ovmf or --igvm is needed")
+    }
+
     fn boot(&self) -> Result<Option<BootHashes>> {
         let Some(kernel) = &self.kernel else { return Ok(None) };
         let initrd = self.initrd.as_deref().map_or_else(|| Ok(Vec::new()), read)?;
@@ -254,6 +258,10 @@ impl ImageArgs {
 }
 
 impl VcpuArgs {
+    fn count(&self) -> Result<u32> {
+        self.vcpus.context("--vcpus N is needed: each vCPU is measured")
+    }
+
     fn reset(&self, vmm: VmmType, features: u64) -> Result<VcpuReset> {
         Ok(VcpuReset { signature: self.signature(vmm)?, features, vmm: vmm.into() })
     }
@@ -272,7 +280,7 @@ impl VcpuArgs {
     }
 
     fn dump(&self, [first, others]: &[[u8; 4096]; 2]) -> Result<()> {
-        for vcpu in (0..self.vcpus).filter(|_| self.dump_vmsa) {
+        for vcpu in (0..self.vcpus.unwrap_or(0)).filter(|_| self.dump_vmsa) {
             let name = format!("vmsa{vcpu}.bin");
             std::fs::write(&name, if vcpu == 0 { first } else { others }).context(name)?;
         }
@@ -280,57 +288,17 @@ impl VcpuArgs {
     }
 }
 
-/// Prints steps as they come, or keeps them for the object.
-struct Report<'a> {
-    mode: &'static str,
-    output: &'a OutputArgs,
-    steps: Vec<Value>,
+fn snp_step(report: &mut Report<'_, impl Write>, step: SnpStep) {
+    let (gpa, kind, part) = (step.page.gpa, step.page.kind.name(), || part(step.part));
+    let words = || format!("{gpa:#014x} {kind:<10} {:<17}", part());
+    let fields = || json!({"part": part(), "type": kind, "gpa": format!("{gpa:#x}")});
+    report.step(&step.digest.digest(), words, fields);
 }
 
-impl<'a> Report<'a> {
-    const fn new(mode: &'static str, output: &'a OutputArgs) -> Self {
-        Self { mode, output, steps: Vec::new() }
-    }
-
-    fn snp(&mut self, step: SnpStep) {
-        let (gpa, kind) = (step.page.gpa, step.page.kind.name());
-        let digest = step.digest.digest();
-        match (self.output.explain, self.output.json) {
-            (false, _) => {}
-            (true, false) => println!("{gpa:#014x} {kind:<10} {:<17} {}", part(step.part), hex(&digest)),
-            (true, true) => self.steps.push(json!({
-                "part": part(step.part), "type": kind, "gpa": format!("{gpa:#x}"), "digest_after": hex(&digest),
-            })),
-        }
-    }
-
-    fn sev(&mut self, step: SevStep) {
-        match (self.output.explain, self.output.json) {
-            (false, _) => {}
-            (true, false) => println!("{:>10} bytes {:<17} {}", step.len, part(step.part), hex(&step.digest)),
-            (true, true) => self.steps.push(json!({
-                "part": part(step.part), "bytes": step.len, "digest_after": hex(&step.digest),
-            })),
-        }
-    }
-
-    fn finish(self, digest: &[u8]) {
-        let measurement = match self.output.output_format {
-            Format::Hex => hex(digest),
-            Format::Base64 => base64::engine::general_purpose::STANDARD.encode(digest),
-        };
-        if self.output.json {
-            let mut object = json!({"mode": self.mode, "measurement": measurement});
-            if self.output.explain {
-                object["steps"] = self.steps.into();
-            }
-            println!("{object:#}");
-        } else if self.output.verbose {
-            println!("Calculated {} guest measurement: {measurement}", self.mode);
-        } else {
-            println!("{measurement}");
-        }
-    }
+fn sev_step(report: &mut Report<'_, impl Write>, step: SevStep) {
+    let part = || part(step.part);
+    let words = || format!("{:>10} bytes {:<17}", step.len, part());
+    report.step(&step.digest, words, || json!({"part": part(), "bytes": step.len}));
 }
 
 fn part(part: Part) -> String {
@@ -340,6 +308,8 @@ fn part(part: Part) -> String {
         Part::Section(kind) => section(kind).to_owned(),
         Part::KernelHashes => "kernel hashes".to_owned(),
         Part::Vmsa(vcpu) => format!("vcpu {vcpu}"),
+        Part::Directive => "page data".to_owned(),
+        Part::Parameters => "parameters".to_owned(),
     }
 }
 
@@ -356,35 +326,6 @@ const fn section(kind: SectionKind) -> &'static str {
 
 fn read(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).with_context(|| path.display().to_string())
-}
-
-fn parse(data: &[u8]) -> Result<Ovmf<'_>> {
-    Ovmf::parse(data).map_err(|error| explain_error(error.into())).context("OVMF image")
-}
-
-fn explain_error(error: LaunchError) -> anyhow::Error {
-    let text = match error {
-        LaunchError::Ovmf(OvmfError::Size) => "the image is too short, or too long for its place",
-        LaunchError::Ovmf(OvmfError::EntrySize) => "an entry of the image's table is shorter than its header",
-        LaunchError::Ovmf(OvmfError::NoMetadata) => "the image's SEV metadata are not where its table says",
-        LaunchError::Ovmf(OvmfError::MetadataVersion(version)) => {
-            return anyhow::anyhow!("the image's SEV metadata have version {version}, not 1");
-        }
-        LaunchError::Ovmf(OvmfError::MetadataTruncated) => "the image's SEV metadata are cut short",
-        LaunchError::Ovmf(OvmfError::NoResetBlock) => "the image names no reset address (SEV_ES_RESET_BLOCK)",
-        LaunchError::Ovmf(OvmfError::NoSvsmInfo) => "the image has no SVSM_INFO",
-        LaunchError::Unaligned => "the image or one of its sections is not a number of 4 KiB pages",
-        LaunchError::UnknownSection(kind) => {
-            return anyhow::anyhow!("the image has a section of unknown kind {kind:#x}");
-        }
-        LaunchError::NoHashTable => "a kernel is given, but the image has no place for its hashes",
-        LaunchError::HashTableSize => "the kernel's hashes do not fit into the image's page for them",
-    };
-    anyhow::anyhow!(text)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A number in the notation of C or Python: decimal, 0x, 0o or 0b.

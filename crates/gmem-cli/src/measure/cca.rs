@@ -5,6 +5,8 @@ use gmem_core::measure::cca::{HashAlgo, RealmParams, RecParams, Rim, Step, ripas
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
+use super::report::{OutputArgs, Report, stdout};
+
 const PAGE: usize = 4096;
 
 /// Arguments of `gmem measure cca`.
@@ -14,12 +16,8 @@ pub(crate) struct Args {
     /// SHA-256, 1 SHA-512), `flags`, `s2sz`, `num_bps`, `num_wps`, `pmu_num_ctrs`, `sve_vl`; then come `data` (`ipa`,
     /// `flags`, and `fill_byte` or `file` with `offset`), `ripas` (`base`, `top`) and `rec` (`flags`, `pc`, `gprs`).
     steps: PathBuf,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
-    /// Print every measured step with the measurement after it.
-    #[arg(long)]
-    explain: bool,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 /// Runs the command; the result goes to standard output.
@@ -28,27 +26,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let file: Value = serde_json::from_str(&text).with_context(|| format!("{}", args.steps.display()))?;
     let folder = args.steps.parent().unwrap_or(Path::new("."));
     let list = file.get("ops").unwrap_or(&file).as_array().ok_or_else(|| anyhow!("no list of steps"))?;
-    let mut steps = Vec::new();
-    let rim = measure(list, folder, |what, rim| steps.push((what, hex(rim.value()))))?;
-    print!("{}", render(args, &rim, &steps));
-    Ok(())
-}
-
-fn render(args: &Args, rim: &Rim, steps: &[(String, String)]) -> String {
-    if args.json {
-        let mut result = json!({ "rim": hex(rim.value()), "hash_algo": rim.algo().raw() });
-        if args.explain {
-            result["steps"] = steps.iter().map(|(step, rim)| json!({ "step": step, "rim": rim })).collect();
-        }
-        return format!("{result:#}\n");
-    }
-    let explained = steps.iter().filter(|_| args.explain).map(|(step, rim)| format!("{rim}  {step}\n"));
-    explained.collect::<String>() + &hex(rim.value()) + "\n"
-}
-
-/// Lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let mut report = Report::new("CCA", &args.output, stdout());
+    let rim = measure(list, folder, |what, rim| {
+        report.step(rim.value(), || format!("{what:<37}"), || json!({ "step": what }));
+    })?;
+    report.finish(rim.value())
 }
 
 /// A number, or a string with a decimal or `0x` hexadecimal one.

@@ -1,21 +1,25 @@
-//! `gmem measure tdx`: MRTD of a TD that is started from a TDVF image or a list of pages.
+//! `gmem measure tdx`: MRTD of a TD that is started from a TDVF image, an IGVM file or a list of pages.
 
-use anyhow::{Context, Result, bail};
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use gmem_core::measure::igvm::Igvm;
 use gmem_core::measure::tdx::{MeasuredPage, Mrtd, measure_tdvf};
 use serde::Deserialize;
-use std::path::{Path, PathBuf};
+use serde_json::json;
+
+use super::cca::parse_number;
+use super::read_image;
+use super::report::{OutputArgs, Report, stdout};
 
 /// Which launch to measure.
 #[derive(Debug, clap::Args)]
 pub(crate) struct TdxArgs {
     #[command(flatten)]
     source: Source,
-    /// Print a JSON object instead of the bare digest.
-    #[arg(long)]
-    json: bool,
-    /// Print every page with the digest after it.
-    #[arg(long)]
-    explain: bool,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -24,6 +28,9 @@ struct Source {
     /// A TDVF image (OVMF for TDX, td-shim).
     #[arg(long, value_name = "FILE")]
     tdvf: Option<PathBuf>,
+    /// An IGVM file.
+    #[arg(long, value_name = "FILE")]
+    igvm: Option<PathBuf>,
     /// A JSON list of {"gpa", "measure", "content"}, in the order of their addition. Contents are "all 0x5a", or the bytes
     /// of "file" from "offset"; zeros without either.
     #[arg(long, value_name = "FILE")]
@@ -35,41 +42,26 @@ struct Source {
 /// # Errors
 /// A file cannot be read or does not have its format.
 pub(crate) fn run(args: &TdxArgs) -> Result<()> {
-    let mut pages = Vec::new();
-    let mut on_page = |page| pages.push(page);
-    let mrtd = match (&args.source.tdvf, &args.source.pages) {
-        (Some(image), _) => {
-            let bytes = std::fs::read(image).with_context(|| image.display().to_string())?;
-            measure_tdvf(&bytes, &mut on_page).with_context(|| image.display().to_string())?
-        }
-        (None, Some(list)) => measure_list(list, &mut on_page)?,
-        (None, None) => bail!("give --tdvf or --pages"),
-    };
-    print!("{}", report(args, &mrtd, &pages));
-    Ok(())
+    let mut report = Report::new("TDX", &args.output, stdout());
+    let mrtd = measure(&args.source, &mut |page: MeasuredPage| {
+        let (gpa, measured) = (page.gpa, page.extended);
+        let words = || format!("{gpa:#014x} {:11}", if measured { "add, extend" } else { "add" });
+        report.step(&page.digest, words, || json!({"gpa": format!("{gpa:#x}"), "measured": measured}));
+    })?;
+    report.finish(&mrtd)
 }
 
-fn report(args: &TdxArgs, mrtd: &[u8; 48], pages: &[MeasuredPage]) -> String {
-    if args.json {
-        let page = |page: &MeasuredPage| {
-            let (gpa, digest) = (format!("{:#x}", page.gpa), hex(&page.digest));
-            serde_json::json!({ "gpa": gpa, "measured": page.extended, "digest": digest })
-        };
-        let mut object = serde_json::json!({ "mrtd": hex(mrtd) });
-        if args.explain {
-            object["pages"] = pages.iter().map(page).collect();
-        }
-        return format!("{object:#}\n");
+fn measure(source: &Source, on_page: &mut dyn FnMut(MeasuredPage)) -> Result<[u8; 48]> {
+    if let Some(list) = &source.pages {
+        return measure_list(list, on_page);
     }
-    let explained = pages.iter().filter(|_| args.explain).map(|page| {
-        let what = if page.extended { "add, extend" } else { "add" };
-        format!("{:#014x} {what:11} {}\n", page.gpa, hex(&page.digest))
-    });
-    explained.chain([format!("{}\n", hex(mrtd))]).collect()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let file = source.tdvf.as_ref().or(source.igvm.as_ref()).context("--tdvf, --igvm or --pages is needed")?;
+    let named = || file.display().to_string();
+    let bytes = read_image(file)?;
+    if source.igvm.is_some() {
+        return Igvm::parse(&bytes).and_then(|igvm| igvm.measure_tdx(on_page)).with_context(named);
+    }
+    measure_tdvf(&bytes, on_page).with_context(named)
 }
 
 #[derive(Deserialize)]
@@ -120,25 +112,24 @@ fn contents(page: &Page, list: &Path) -> Result<[u8; 4096]> {
 }
 
 /// One page of a file; zeros where the file ends early.
-fn from_file(file: &Path, offset: u64) -> Result<[u8; 4096]> {
-    let bytes = std::fs::read(file).with_context(|| file.display().to_string())?;
-    let rest = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..));
-    let rest = rest.with_context(|| format!("{}: ends before {offset:#x}", file.display()))?;
-    let mut page = [0; 4096];
-    page.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+fn from_file(path: &Path, offset: u64) -> Result<[u8; 4096]> {
+    let named = || path.display().to_string();
+    let (mut bytes, mut page) = (Vec::new(), [0; 4096]);
+    let mut file = std::fs::File::open(path).with_context(named)?;
+    file.seek(SeekFrom::Start(offset)).with_context(named)?;
+    file.take(4096).read_to_end(&mut bytes).with_context(named)?;
+    ensure!(!bytes.is_empty(), "{}: ends before {offset:#x}", path.display());
+    page.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
     Ok(page)
 }
 
 fn number(text: &str) -> Result<u64> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16),
-        None => text.parse(),
-    };
-    parsed.with_context(|| format!("{text:?} is not a number"))
+    parse_number(text).with_context(|| format!("{text:?} is not a number"))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::report::hex;
     use super::*;
     use clap::Parser;
 
@@ -168,19 +159,11 @@ mod tests {
         "cd42868938e3c4ecfe1ed82cdafd279aa495b1edff67088ab38bd0a69ba792b249245408961412e165b20291d22ac1fe";
 
     #[test]
-    fn a_list_of_pages_is_measured_and_explained() {
+    fn a_list_of_pages_is_measured_page_by_page() {
         let (mrtd, pages) = measure("explained", TWO_PAGES);
-        let mrtd = mrtd.unwrap();
-        assert_eq!(hex(&mrtd), TWO_PAGES_MRTD);
-        let plain = report(&args(&["--pages", "x"]).unwrap(), &mrtd, &pages);
-        assert_eq!(plain, format!("{TWO_PAGES_MRTD}\n"));
-        let explained = report(&args(&["--pages", "x", "--explain"]).unwrap(), &mrtd, &pages);
-        assert_eq!(explained.lines().count(), 3);
-        assert!(explained.starts_with("0x000000001000 add, extend "));
-        let json = report(&args(&["--pages", "x", "--json", "--explain"]).unwrap(), &mrtd, &pages);
-        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
-        assert_eq!(json["mrtd"], TWO_PAGES_MRTD);
-        assert_eq!(json["pages"][1]["digest"], TWO_PAGES_MRTD);
+        assert_eq!(hex(&mrtd.unwrap()), TWO_PAGES_MRTD);
+        assert_eq!(pages.iter().map(|page| page.gpa).collect::<Vec<_>>(), [0x1000, 0x2000]);
+        assert_eq!(hex(&pages[1].digest), TWO_PAGES_MRTD);
     }
 
     #[test]

@@ -29,6 +29,20 @@ impl From<OvmfError> for LaunchError {
     }
 }
 
+impl core::fmt::Display for LaunchError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(match self {
+            Self::Ovmf(error) => return error.fmt(f),
+            Self::Unaligned => "the image or one of its sections is not a number of 4 KiB pages",
+            Self::UnknownSection(kind) => return write!(f, "the image has a section of unknown kind {kind:#x}"),
+            Self::NoHashTable => "a kernel is given, but the image has no place for its hashes",
+            Self::HashTableSize => "the kernel's hashes do not fit into the image's page for them",
+        })
+    }
+}
+
+impl core::error::Error for LaunchError {}
+
 /// What a step of a launch loads.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Part {
@@ -42,6 +56,10 @@ pub enum Part {
     KernelHashes,
     /// Initial state of the vCPU with this number.
     Vmsa(u32),
+    /// Page of an IGVM file.
+    Directive,
+    /// Page of a parameter area of an IGVM file.
+    Parameters,
 }
 
 /// One page of an SNP launch and the digest after it.
@@ -103,13 +121,21 @@ pub fn svsm_end(ovmf: &Ovmf<'_>, vars_size: u64) -> Result<u64, OvmfError> {
 }
 
 /// A digest that reports its steps.
-struct Recorder<F> {
+pub(super) struct SnpRecorder<F> {
     digest: SnpDigest,
     report: F,
 }
 
-impl<F: FnMut(SnpStep)> Recorder<F> {
-    fn page(&mut self, part: Part, page: PageInfo, contents: &[u8]) {
+impl<F: FnMut(SnpStep)> SnpRecorder<F> {
+    pub(super) const fn new(digest: SnpDigest, report: F) -> Self {
+        Self { digest, report }
+    }
+
+    pub(super) const fn digest(&self) -> SnpDigest {
+        self.digest
+    }
+
+    pub(super) fn page(&mut self, part: Part, page: PageInfo, contents: &[u8]) {
         self.digest.update(page, contents);
         (self.report)(SnpStep { part, page, digest: self.digest });
     }
@@ -202,7 +228,7 @@ impl SnpGuest<'_> {
     /// [`LaunchError`].
     pub fn measure(&self, report: impl FnMut(SnpStep)) -> Result<SnpDigest, LaunchError> {
         let digest = self.firmware_digest.map_or_else(SnpDigest::new, SnpDigest::resume);
-        let mut recorder = Recorder { digest, report };
+        let mut recorder = SnpRecorder::new(digest, report);
         if self.firmware_digest.is_none() {
             recorder.image(Part::Firmware, self.ovmf)?;
         }
@@ -222,7 +248,7 @@ impl SvsmGuest<'_> {
     /// [`LaunchError`].
     pub fn measure(&self, report: impl FnMut(SnpStep)) -> Result<SnpDigest, LaunchError> {
         let page = svsm_page(self.signature, self.svsm.svsm_entry()?);
-        let mut recorder = Recorder { digest: SnpDigest::new(), report };
+        let mut recorder = SnpRecorder::new(SnpDigest::new(), report);
         recorder.image(Part::Firmware, self.ovmf)?;
         recorder.image(Part::Svsm, self.svsm)?;
         recorder.sections(self.svsm, Vmm::Qemu, None)?;
@@ -236,7 +262,7 @@ impl SvsmGuest<'_> {
 /// # Errors
 /// [`LaunchError::Unaligned`].
 pub fn firmware_digest(ovmf: &Ovmf<'_>, report: impl FnMut(SnpStep)) -> Result<SnpDigest, LaunchError> {
-    let mut recorder = Recorder { digest: SnpDigest::new(), report };
+    let mut recorder = SnpRecorder::new(SnpDigest::new(), report);
     recorder.image(Part::Firmware, ovmf)?;
     Ok(recorder.digest)
 }

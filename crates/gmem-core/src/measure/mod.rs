@@ -2,6 +2,7 @@
 //! populate it.
 
 pub mod cca;
+pub mod igvm;
 pub mod launch;
 pub mod ovmf;
 pub mod sev;

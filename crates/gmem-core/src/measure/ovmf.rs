@@ -52,6 +52,24 @@ pub enum OvmfError {
     NoSvsmInfo,
 }
 
+impl core::fmt::Display for OvmfError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(match self {
+            Self::Size => "the image is too short, or too long for its place",
+            Self::EntrySize => "an entry of the image's table is shorter than its header",
+            Self::NoMetadata => "the image's SEV metadata are not where its table says",
+            Self::MetadataVersion(version) => {
+                return write!(f, "the image's SEV metadata have version {version}, not 1");
+            }
+            Self::MetadataTruncated => "the image's SEV metadata are cut short",
+            Self::NoResetBlock => "the image names no reset address (SEV_ES_RESET_BLOCK)",
+            Self::NoSvsmInfo => "the image has no SVSM_INFO",
+        })
+    }
+}
+
+impl core::error::Error for OvmfError {}
+
 /// What a VMM has to do with a section of guest memory.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum SectionKind {

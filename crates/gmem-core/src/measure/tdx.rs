@@ -45,6 +45,17 @@ impl Mrtd {
         }
     }
 
+    /// [`Mrtd::page`], told to `on_page`.
+    pub(super) fn page_and_report(
+        &mut self,
+        gpa: u64,
+        measured: Option<&[u8; PAGE]>,
+        on_page: &mut dyn FnMut(MeasuredPage),
+    ) {
+        self.page(gpa, measured);
+        on_page(MeasuredPage { gpa, extended: measured.is_some(), digest: self.digest() });
+    }
+
     /// The digest of what was measured so far; MRTD, if TDH.MR.FINALIZE came now.
     #[must_use]
     pub fn digest(&self) -> [u8; 48] {
@@ -184,7 +195,9 @@ impl fmt::Display for TdvfError {
         match self {
             Self::NoMetadata => f.write_str("no TDVF metadata in the image"),
             Self::Version(version) => write!(f, "TDVF metadata version {version}, not 1"),
-            Self::Truncated => f.write_str("TDVF metadata point outside of the image"),
+            Self::Truncated => {
+                f.write_str("TDVF metadata point outside of the image (its CODE half without VARS before it?)")
+            }
             Self::SectionType(kind) => write!(f, "unknown TDVF section type {kind}"),
             Self::Memory(gpa) => write!(f, "TDVF section at {gpa:#x} is not whole pages that hold its data"),
             Self::TooLarge(size) => write!(f, "TDVF sections want {size:#x} bytes of memory"),
@@ -262,9 +275,7 @@ fn measure_section(mrtd: &mut Mrtd, image: &[u8], section: &Section, on_page: &m
         for (byte, from) in page.iter_mut().zip(data.next().unwrap_or_default()) {
             *byte = *from;
         }
-        let extended = section.is_extended();
-        mrtd.page(gpa, extended.then_some(&page));
-        on_page(MeasuredPage { gpa, extended, digest: mrtd.digest() });
+        mrtd.page_and_report(gpa, section.is_extended().then_some(&page), on_page);
     }
 }
 

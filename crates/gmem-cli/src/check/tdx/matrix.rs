@@ -11,8 +11,16 @@ use serde_json::Value;
 const MAPPED_PAGE: u64 = small_page(10);
 
 pub(super) fn replay(file: &Value) -> Option<Vec<Case>> {
-    file.get("public_state_encoding")?;
-    Some(file.get("rows")?.as_array()?.iter().map(case).collect())
+    let rows = file.get("rows")?.as_array()?;
+    rows.iter().find(|row| row.get("op_state").is_some() && row.get("state_before").is_some())?;
+    let encodings = file.get("public_state_encoding").and_then(Value::as_object).into_iter().flatten();
+    Some(encodings.map(|(name, code)| encoding(name, code)).chain(rows.iter().map(case)).collect())
+}
+
+fn encoding(name: &str, code: &Value) -> Case {
+    let state = SeptState::ALL.iter().find(|state| state.facts().name == name);
+    let got = state.map_or("no such state".to_owned(), |state| format!("{:#x}", state.facts().public));
+    Case::compare(format!("public state {name}"), code.as_str().unwrap_or_default(), got)
 }
 
 fn case(row: &Value) -> Case {

@@ -4,11 +4,14 @@
 //! case and has to come out exactly as recorded.
 //!
 //! What a line means has to be known beyond the command itself in two places: how numbers without a prefix are read, and
-//! whether an interrupt counter counts the poll that finds the interrupt, once or again and again. The recordings do not say,
-//! so a transcript is replayed under each [`Reading`] and the one that reproduces most lines is taken.
+//! whether an interrupt counter counts the poll that finds the interrupt, once or again and again. Numbers are decimal
+//! unless one of them has a letter, and an interrupt comes once, at the poll that the counter names. Only where a transcript's
+//! own words leave it open, that is, where it has numbers that differ between the bases, or interrupts, the other ways to read it
+//! are tried too; the one that reproduces most lines is taken for all of them, and the report names it.
 
 use std::collections::BTreeMap;
 
+use super::super::Transcript;
 use super::{Case, TDR, large_page, recorded_td, small_page, td_exit};
 use gmem_core::vendor::tdx::sept::SeptState;
 use gmem_core::vendor::tdx::status::TdxStatus;
@@ -16,12 +19,14 @@ use gmem_core::vendor::tdx::tables::OpState;
 use gmem_core::vendor::tdx::{Accepted, Answer, Command, Lifecycle, Measurement, NULL_PA, PageInfo, Tdx};
 
 /// One case per line, or `None` if these are not lines of TDX commands.
-pub(crate) fn replay_transcript(input: &str, recorded: &str) -> Option<Vec<Case>> {
+pub(crate) fn replay_transcript(input: &str, recorded: &str) -> Option<Transcript> {
     let lines: Vec<_> = input.lines().map(str::trim_end).filter(|line| is_command(line)).collect();
     lines.iter().find(|line| leaf_name(line.split_whitespace().next().unwrap_or_default()).is_some())?;
-    Reading::all()
-        .map(|reading| Replay::new(reading).run(&lines, recorded))
-        .min_by_key(|cases| cases.iter().filter(|case| case.outcome.is_err()).count())
+    let failures = |cases: &[Case]| cases.iter().filter(|case| case.outcome.is_err()).count();
+    let replay = |(number, reading)| (number, reading, Replay::new(reading).run(&lines, recorded));
+    let readings = Reading::of(&lines).enumerate().map(replay);
+    let (number, reading, cases) = readings.min_by_key(|(_, _, cases)| failures(cases))?;
+    Some(Transcript { cases, reading: (number > 0).then(|| reading.name()) })
 }
 
 fn is_command(line: &str) -> bool {
@@ -45,12 +50,39 @@ struct Reading {
 }
 
 impl Reading {
-    /// Every reading, the likeliest first.
-    fn all() -> impl Iterator<Item = Self> {
-        let repeats = [Repeat::Once, Repeat::EveryTime, Repeat::FromThenOn];
-        let interrupts = repeats.into_iter().flat_map(|repeat| [(repeat, 0), (repeat, 1)]);
-        let with_radix = |radix| move |(repeat, extra_polls)| Self { radix, extra_polls, repeat };
-        interrupts.clone().map(with_radix(10)).chain(interrupts.map(with_radix(16)))
+    /// The ways in which lines can be read, the usual one first; there is one if they leave nothing open.
+    fn of(lines: &[&str]) -> impl Iterator<Item = Self> {
+        let words = || lines.iter().flat_map(|line| line.split_whitespace().skip(1));
+        let is_hexadecimal = |word: &str| u64::from_str_radix(word, 16).is_ok();
+        let has_letters = words().any(|word| is_hexadecimal(word) && word.parse::<u64>().is_err() && !is_page(word));
+        let is_open = words().any(|word| word.len() > 1 && word.parse::<u64>().is_ok());
+        let radices: &[u32] = match (has_letters, is_open) {
+            (true, _) => &[16, 10],
+            (false, true) => &[10, 16],
+            (false, false) => &[10],
+        };
+        let interrupts = lines.iter().any(|line| is_interrupt(line.split_whitespace().next().unwrap_or_default()));
+        let all = [Repeat::Once, Repeat::EveryTime, Repeat::FromThenOn];
+        let repeats = if interrupts { &all[..] } else { &all[..1] };
+        let extra_polls = if interrupts { 0..=1 } else { 0..=0 };
+        let reading = |radix, repeat| move |extra_polls| Self { radix, extra_polls, repeat };
+        let mut readings = Vec::new();
+        for radix in radices {
+            readings.extend(repeats.iter().flat_map(|repeat| extra_polls.clone().map(reading(*radix, *repeat))));
+        }
+        readings.into_iter()
+    }
+
+    fn name(self) -> String {
+        let repeat = match self.repeat {
+            Repeat::Once => "once",
+            Repeat::EveryTime => "in every command",
+            Repeat::FromThenOn => "from then on",
+        };
+        let (radix, polls) = (self.radix, self.extra_polls);
+        format!(
+            "numbers have base {radix}, an interrupt comes {repeat} and {polls} polls after the one that its counter names"
+        )
     }
 
     /// A number: hexadecimal with a prefix or letters, else as this reading says.
@@ -77,6 +109,15 @@ impl Reading {
             None => text.strip_prefix('b').and_then(decimal).map(large_page).or_else(|| self.number(text)),
         }
     }
+}
+
+/// Whether a word names a page of the driver and is no number: `b0`.
+fn is_page(word: &str) -> bool {
+    word.strip_prefix(['p', 'b']).is_some_and(|number| number.parse::<u64>().is_ok())
+}
+
+fn is_interrupt(word: &str) -> bool {
+    matches!(word.to_lowercase().as_str(), "intr" | "interrupt" | "irq" | "interrupt_after" | "intr_after")
 }
 
 /// The leaf that a word names, with or without its family's prefix.
@@ -327,7 +368,7 @@ impl Replay {
             "vcpus" | "num_vcpus" => self.td.set_vcpus(small()?),
             "enter" => self.td.vcpu_enter(small().unwrap_or(0)).ok()?,
             "exit" => self.td.vcpu_exit(small().unwrap_or(0)).ok()?,
-            "intr" | "interrupt" | "irq" | "interrupt_after" | "intr_after" => self.set_interrupt(argument)?,
+            name if is_interrupt(name) => self.set_interrupt(argument)?,
             "fill" => {
                 let byte = u8::try_from(self.reading.number(arguments.get(1)?)?).ok()?;
                 self.contents.insert(self.reading.hpa(argument?)? >> 12, byte);
