@@ -11,13 +11,14 @@ use gmem_litmus::{Limits, Mutant, Options, Program, Reduction, Report, Tracing, 
 
 /// Explore every interleaving of litmus programs on gmem's own code.
 ///
-/// Exits with 0 if all conditions hold, 1 if one does not or a program is too large, 2 if a file is malformed.
+/// Exits with 0 if all conditions hold, 1 if one does not or a folder of programs misses a broken protocol, 2 if a file is
+/// malformed or cannot start, 3 if a program is too large.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// Programs, or folders of programs (`*.litmus`).
     #[arg(required = true)]
     paths: Vec<PathBuf>,
-    /// Only this type of VM; `all` for every type, whatever the program says.
+    /// Only this type of VM, or `all`. On types that the program does not name its conditions are shown and not judged.
     #[arg(long = "type", value_name = "TYPE")]
     vm_type: Option<String>,
     /// Run on broken protocols too: all of them, or the one named. Says which are caught.
@@ -41,11 +42,42 @@ pub(crate) struct Arguments {
 }
 
 /// How the command ended; the numbers are exit codes.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Verdict {
     Holds = 0,
+    TooLarge = 3,
     Fails = 1,
     Malformed = 2,
+}
+
+impl Verdict {
+    /// What weighs more: a program that is malformed, one that fails, one that is too large.
+    fn weight(self) -> u8 {
+        match self {
+            Self::Holds => 0,
+            Self::TooLarge => 1,
+            Self::Fails => 2,
+            Self::Malformed => 3,
+        }
+    }
+
+    fn and(self, other: Self) -> Self {
+        if other.weight() > self.weight() { other } else { self }
+    }
+
+    fn of(report: &Report) -> Self {
+        match (report.violations.is_empty(), report.stopped) {
+            (false, _) => Self::Fails,
+            (true, true) => Self::TooLarge,
+            (true, false) => Self::Holds,
+        }
+    }
+}
+
+/// A broken protocol and the programs that catch it.
+struct Hunted {
+    mutant: Mutant,
+    by: Vec<String>,
 }
 
 /// Runs the command.
@@ -58,16 +90,25 @@ pub(crate) fn run(args: &Arguments) -> Result<ExitCode> {
         bail!("no .litmus file found");
     }
     let mut verdict = Verdict::Holds;
-    let mut caught: Vec<(Mutant, usize)> = mutants(args)?.into_iter().map(|mutant| (mutant, 0)).collect();
+    let mut hunted: Vec<Hunted> = mutants(args)?.into_iter().map(|mutant| Hunted { mutant, by: Vec::new() }).collect();
     for file in &files {
-        verdict = verdict.max(one(args, file, &mut caught)?);
+        verdict = verdict.and(one(args, file, &mut hunted)?);
     }
-    if !args.json && files.len() > 1 {
-        for (mutant, by) in &caught {
-            println!("{}: caught by {by} of {} programs", mutant.name(), files.len());
-        }
+    if files.len() > 1 {
+        verdict = verdict.and(summary(args, files.len(), &hunted));
     }
     Ok(ExitCode::from(verdict as u8))
+}
+
+/// The matrix of broken protocols and programs. A folder is a library, which has to catch all of them.
+fn summary(args: &Arguments, programs: usize, hunted: &[Hunted]) -> Verdict {
+    if !args.json {
+        for Hunted { mutant, by } in hunted {
+            println!("{}: caught by {} of {programs} programs: {}", mutant.name(), by.len(), by.join(", "));
+        }
+    }
+    let missed = hunted.iter().any(|one| one.by.is_empty());
+    if missed && args.paths.iter().any(|path| path.is_dir()) { Verdict::Fails } else { Verdict::Holds }
 }
 
 fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
@@ -113,8 +154,14 @@ fn types(args: &Arguments, program: &Program) -> Result<Vec<VmType>> {
     }
 }
 
-fn one(args: &Arguments, file: &Path, caught: &mut [(Mutant, usize)]) -> Result<Verdict> {
-    let source = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+fn one(args: &Arguments, file: &Path, hunted: &mut [Hunted]) -> Result<Verdict> {
+    let source = match fs::read(file) {
+        Ok(source) => source,
+        Err(error) => {
+            eprintln!("{}: {error}", file.display());
+            return Ok(Verdict::Malformed);
+        }
+    };
     let program = match gmem_litmus::parse(&String::from_utf8_lossy(&source)) {
         Ok(program) => program,
         Err(error) => {
@@ -126,16 +173,17 @@ fn one(args: &Arguments, file: &Path, caught: &mut [(Mutant, usize)]) -> Result<
         println!("{}: {}", file.display(), program.question);
     }
     let types = types(args, &program)?;
-    let Some(reports) = explore_all(args, file, &program, &types) else { return Ok(Verdict::Malformed) };
+    let (reports, verdict) = explore_all(args, file, &program, &types);
     if reports.len() > 1 && !args.json {
         print!("{}", text::side_by_side(&reports));
     }
     draw(args, file, &program, &reports)?;
-    for (mutant, by) in caught {
-        *by += usize::from(catches(args, &program, &types, *mutant));
+    for Hunted { mutant, by } in hunted {
+        if catches(args, &program, &types, *mutant) {
+            by.push(file.file_stem().unwrap_or_default().to_string_lossy().into_owned());
+        }
     }
-    let holds = reports.iter().all(Report::holds);
-    Ok(if holds { Verdict::Holds } else { Verdict::Fails })
+    Ok(verdict)
 }
 
 fn options(args: &Arguments, mutant: Option<Mutant>) -> Options {
@@ -148,21 +196,28 @@ fn options(args: &Arguments, mutant: Option<Mutant>) -> Options {
     }
 }
 
-fn explore_all(args: &Arguments, file: &Path, program: &Program, types: &[VmType]) -> Option<Vec<Report>> {
-    let mut reports = Vec::new();
+/// Types that the program does not name are shown, and judged by nobody: `--type all` asks what happens there.
+fn explore_all(args: &Arguments, file: &Path, program: &Program, types: &[VmType]) -> (Vec<Report>, Verdict) {
+    let (mut reports, mut verdict) = (Vec::new(), Verdict::Holds);
     for &vm_type in types {
+        let named = program.types.contains(&vm_type);
         match gmem_litmus::run(program, vm_type, &options(args, None)) {
             Ok(report) => {
                 print_report(args, program, None, &report);
+                if named {
+                    verdict = verdict.and(Verdict::of(&report));
+                }
                 reports.push(report);
             }
-            Err(error) => {
+            Err(error) if named => {
                 eprintln!("{} ({}): {error}", file.display(), vm_type.name());
-                return None;
+                verdict = Verdict::Malformed;
             }
+            Err(error) if !args.json => println!("{}: cannot start: {error}", vm_type.name()),
+            Err(_) => {}
         }
     }
-    Some(reports)
+    (reports, verdict)
 }
 
 fn print_report(args: &Arguments, program: &Program, mutant: Option<Mutant>, report: &Report) {
@@ -174,26 +229,34 @@ fn print_report(args: &Arguments, program: &Program, mutant: Option<Mutant>, rep
     }
 }
 
-/// Whether some condition fails under the mutant; prints what was found.
+/// Whether some condition fails under the mutant; prints what was found. A mutant that was asked for by name shows how.
 fn catches(args: &Arguments, program: &Program, types: &[VmType], mutant: Mutant) -> bool {
     let mut by = Vec::new();
-    for &vm_type in types {
-        if let Ok(report) =
-            gmem_litmus::run(program, vm_type, &Options { trace: Tracing::None, ..options(args, Some(mutant)) })
-        {
-            if args.json {
-                print_report(args, program, Some(mutant), &report);
+    let mut shown = String::new();
+    for &vm_type in types.iter().filter(|vm_type| program.types.contains(vm_type)) {
+        let trace = if is_named(args) && by.is_empty() { Tracing::Shortest } else { Tracing::None };
+        let options = Options { trace, ..options(args, Some(mutant)) };
+        let Ok(report) = gmem_litmus::run(program, vm_type, &options) else { continue };
+        if args.json {
+            print_report(args, program, Some(mutant), &report);
+        }
+        if !report.violations.is_empty() {
+            if is_named(args) && by.is_empty() {
+                shown = text::report(program, &report);
             }
-            if !report.violations.is_empty() {
-                by.push(vm_type.name());
-            }
+            by.push(vm_type.name());
         }
     }
     if !args.json {
         let found = if by.is_empty() { "not caught".to_owned() } else { format!("caught on {}", by.join(", ")) };
         println!("  mutant {}: {found}", mutant.name());
+        print!("{shown}");
     }
     !by.is_empty()
+}
+
+fn is_named(args: &Arguments) -> bool {
+    args.mutate.as_deref().is_some_and(|name| name != "all")
 }
 
 fn draw(args: &Arguments, file: &Path, program: &Program, reports: &[Report]) -> Result<()> {

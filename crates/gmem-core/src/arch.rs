@@ -225,7 +225,7 @@ impl Arch {
             Self::Snp(snp) => snp.guest_accept(mapping, Acceptance::Accept),
             Self::Tdx(tdx) => tdx.guest_accept(mapping, Acceptance::Accept),
             Self::Cca(_) if before == GuestOutcome::Done => return Ok(Contents::Kept),
-            Self::Cca(cca) => accept_ripas(cca, mapping),
+            Self::Cca(cca) => change_ripas(cca, mapping, Acceptance::Accept),
         };
         match (outcome, before) {
             (GuestOutcome::Done, GuestOutcome::Done) => Ok(Contents::Kept),
@@ -233,6 +233,29 @@ impl Arch {
             (GuestOutcome::Done, _) => Ok(Contents::Undefined),
             (refused, _) => Err(refused),
         }
+    }
+
+    /// Whether guests tell hardware or hypervisor before they ask for a page to become shared.
+    #[must_use]
+    pub fn has_give_up(&self) -> bool {
+        matches!(self, Self::Snp(_) | Self::Cca(_) | Self::Pkvm(_))
+    }
+
+    /// The guest gives a private page up, before the VMM is asked to convert it: PVALIDATE with 0, RSI_IPA_STATE_SET to EMPTY
+    /// (which the host grants at once, and the page goes), pKVM MEM_SHARE. Others have no such call. Says what becomes of
+    /// the page's bytes.
+    ///
+    /// # Errors
+    /// The outcome of the instruction when it does not succeed.
+    pub fn guest_give_up(&mut self, mapping: Mapping) -> Result<Contents, GuestOutcome> {
+        let mapping = placed(mapping);
+        let (outcome, contents) = match self {
+            Self::Default | Self::SwProtected | Self::Sev(_) | Self::Tdx(_) => return Ok(Contents::Kept),
+            Self::Snp(snp) => (snp.guest_accept(mapping, Acceptance::GiveUp), Contents::Kept),
+            Self::Cca(cca) => (change_ripas(cca, mapping, Acceptance::GiveUp), Contents::Zeroed),
+            Self::Pkvm(pkvm) => (pkvm.guest_accept(mapping, Acceptance::GiveUp), Contents::Kept),
+        };
+        if outcome == GuestOutcome::Done { Ok(contents) } else { Err(outcome) }
     }
 
     /// What a load would meet, without its consequences.
@@ -288,12 +311,13 @@ fn is_assigned(cca: &Cca, gfn: Gfn) -> bool {
     walk.is_some_and(|walk| matches!(walk.entry, cca::Entry::Assigned { .. }))
 }
 
-/// The realm asks for RAM, the host grants it.
-fn accept_ripas(cca: &mut Cca, mapping: Mapping) -> GuestOutcome {
-    match cca.guest_accept(mapping, Acceptance::Accept) {
+/// The realm asks for RAM or for none, the host grants it.
+fn change_ripas(cca: &mut Cca, mapping: Mapping, what: Acceptance) -> GuestOutcome {
+    match cca.guest_accept(mapping, what) {
         GuestOutcome::Exit(ExitReason::RipasChange) => {
+            let side = if what == Acceptance::Accept { Side::Private } else { Side::Shared };
             let range = PageRange::with_len(mapping.gfn, mapping.level.pages());
-            let granted = range.is_some_and(|range| cca.convert(range, Side::Private).is_ok());
+            let granted = range.is_some_and(|range| cca.convert(range, side).is_ok());
             if granted { GuestOutcome::Done } else { GuestOutcome::Exception(GuestException::CallRefused) }
         }
         other => other,
@@ -335,6 +359,30 @@ mod tests {
             arch.guest_accept(mapping).unwrap();
             assert_eq!(arch.guest_access(mapping, AccessKind::Store), GuestOutcome::Done);
             assert!(!arch.is_dead());
+        }
+    }
+
+    #[test]
+    fn a_page_that_was_given_up_is_not_the_guests_any_more() {
+        for mut arch in architectures().into_iter().filter(Arch::has_give_up) {
+            let mapping =
+                Mapping { gfn: Gfn(7), pfn: FileId(3).pfn(PageIndex(5)), level: Level::Page4K, side: Side::Private };
+            let ram = arch.convert(PageRange::page(Gfn(7)), Side::Private);
+            assert!(arch.finalize().is_ok() && ram.is_ok(), "{arch:?}");
+            arch.make_private(mapping.gfn, mapping.pfn).unwrap();
+            arch.map(mapping).unwrap();
+            arch.guest_accept(mapping).unwrap();
+            assert_ne!(arch.host_access(mapping.pfn, AccessKind::Fetch), HostOutcome::Plain);
+            if let Arch::Pkvm(_) = &arch {
+                // The look above took the page by force.
+                arch = Arch::pkvm();
+                arch.map(mapping).unwrap();
+            }
+            assert!(arch.guest_give_up(mapping).is_ok(), "{arch:?}");
+            let shared = arch.host_access(mapping.pfn, AccessKind::Load) == HostOutcome::Plain;
+            let usable = arch.guest_access(mapping, AccessKind::Load) == GuestOutcome::Done;
+            assert_eq!(usable, matches!(arch, Arch::Pkvm(_)), "{arch:?}");
+            assert_eq!(shared, !matches!(arch, Arch::Snp(_)), "RMP entries change at the conversion: {arch:?}");
         }
     }
 }

@@ -71,15 +71,6 @@ pub enum GetPageError {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Unmovable(pub PageIndex);
 
-/// Whether a folio was there already.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Folio {
-    /// First page of the folio.
-    pub pages: IndexRange,
-    /// The bytes have to be zeroed before anyone sees them.
-    pub needs_zeroing: bool,
-}
-
 /// One guest_memfd.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct File {
@@ -252,17 +243,16 @@ impl File {
         }
         let mut next = range.start();
         while next < range.end() {
-            next = self.folio_at(next).pages.end();
+            next = self.folio_at(next).end();
         }
     }
 
-    /// The folio that holds `index`, allocated if it was absent.
-    pub(crate) fn folio_at(&mut self, index: PageIndex) -> Folio {
-        let pages = match self.folio_range(index) {
+    /// The pages of the folio that holds `index`, allocated if it was absent.
+    pub(crate) fn folio_at(&mut self, index: PageIndex) -> IndexRange {
+        match self.folio_range(index) {
             Some(pages) => pages,
             None => self.new_folio(index),
-        };
-        Folio { pages, needs_zeroing: !self.up_to_date.get(index.0) }
+        }
     }
 
     /// The pages of the present folio that holds `index`.
@@ -314,6 +304,20 @@ impl File {
         self.up_to_date.get(index.0)
     }
 
+    /// The first run of pages of `range` whose bytes are still those of whoever had the memory before.
+    ///
+    /// A large folio is not of one piece: some of its pages may have been populated, and zeroing must not touch those, nor may a
+    /// mapping of the whole show the others as they are.
+    pub(crate) fn first_stale(&self, range: IndexRange) -> Option<IndexRange> {
+        first_run(&self.up_to_date, range, false)
+    }
+
+    /// The first run of pages of `range` that the host's direct map lacks.
+    #[must_use]
+    pub fn first_off_direct_map(&self, range: IndexRange) -> Option<IndexRange> {
+        first_run(&self.off_direct_map, range, true)
+    }
+
     pub(crate) fn set_direct_map(&mut self, pages: IndexRange, present: bool) {
         self.off_direct_map.set(pages.start().0, pages.len(), !present);
     }
@@ -345,8 +349,7 @@ impl File {
     /// The first page of `range` with references besides the page cache's.
     #[must_use]
     pub fn first_referenced(&self, range: IndexRange) -> Option<PageIndex> {
-        let mut runs = self.referenced.runs(range.start().0, range.len());
-        runs.find(|(_, _, referenced)| *referenced).map(|(start, _, _)| PageIndex(start))
+        first_run(&self.referenced, range, true).map(PageRange::start)
     }
 
     /// The first page of `[first, last)` whose poison differs from `first`'s, or `last`.
@@ -428,4 +431,10 @@ impl File {
         self.open = false;
         self.bindings.clear();
     }
+}
+
+fn first_run(set: &PageSet, range: IndexRange, wanted: bool) -> Option<IndexRange> {
+    let mut runs = set.runs(range.start().0, range.len());
+    let (start, len, _) = runs.find(|(_, _, member)| *member == wanted)?;
+    PageRange::with_len(PageIndex(start), len)
 }

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 
 use crate::addr::{Gfn, GfnRange, IndexRange, Level, PageIndex, PageRange};
 use crate::arch::Arch;
-use crate::file::{CreateError, File, FileFlags, FileId, Folio, GetPageError};
+use crate::file::{CreateError, File, FileFlags, FileId, GetPageError};
 use crate::invalidate::{Filter, Invalidation};
 use crate::page_set::PageSet;
 use crate::slot::{Binding, Slot, SlotFlags, SlotId, Slots};
@@ -326,7 +326,11 @@ impl Vm {
     }
 
     /// Looks the page behind `gfn` up and allocates it if it is absent.
-    pub(crate) fn take_page(&mut self, slot: SlotId, gfn: Gfn) -> Result<(FileId, PageIndex, Folio), GetPageError> {
+    pub(crate) fn take_page(
+        &mut self,
+        slot: SlotId,
+        gfn: Gfn,
+    ) -> Result<(FileId, PageIndex, IndexRange), GetPageError> {
         let slot = self.slots.get(slot).ok_or(GetPageError::NoFile)?;
         let (file, index) = self.bound_page(slot, gfn)?;
         let id = file.id();

@@ -7,10 +7,10 @@ use gmem_core::addr::{Gfn, Level, PAGE_SIZE, PageIndex};
 use gmem_core::arch::Arch;
 use gmem_core::file::{AllocateError, CreateError, FileFlags, FileId, GetPageError};
 use gmem_core::ops::{
-    Action, ConvertError, ConvertInPlace, DirectMap, FaultEnd, Lock, MemoryFailure, Pages, PunchError, PunchHole,
-    RestoreTemporarily,
+    Action, ConvertError, ConvertInPlace, DirectMap, FaultEnd, Lock, MemoryFailure, Pages, PopulatePage, PunchError,
+    PunchHole, RestoreTemporarily,
 };
-use gmem_core::vendor::Side;
+use gmem_core::vendor::{PopulateKind, Side};
 use gmem_core::vm::{DirectMapFlush, Rules, Tracking, Unbacked, View, Vm};
 
 /// A VM with private frames 0..`count` from the start of one file.
@@ -216,6 +216,35 @@ fn direct_map_without_flush_leaves_translations() {
         assert_eq!(machine.off_direct_map.len(), 512, "and off again after its use");
         machine.close(&mut vm, id);
         assert!(machine.off_direct_map.is_empty());
+    }
+}
+
+#[test]
+fn a_fault_beside_a_populated_page_of_its_folio_zeroes_all_but_that_page() {
+    let (mut vm, mut machine) = (Vm::new(Arch::snp(), Rules::default()), Machine::default());
+    let id = file(&mut vm, 512, FileFlags::empty());
+    vm.file_mut(id).expect("open").set_folio_level(Level::Page2M);
+    machine.set_region(&mut vm, private_claim(0, 0, 512, id, 0)).expect("valid");
+    machine.set_attributes(&mut vm, gfns(0, 512), Side::Private);
+    let source = [7; 4096];
+    for gfn in [3, 9] {
+        machine
+            .run(&mut vm, &mut PopulatePage::new(Gfn(gfn), Some(&source), PopulateKind::Measured))
+            .expect("launching");
+    }
+    vm.finalize().expect("launching");
+    for gfn in [3, 5] {
+        machine.trace.clear();
+        assert!(matches!(machine.fault(&mut vm, gfn), FaultEnd::Mapped(_)));
+        let zeroed: Vec<_> = actions(&mut machine)
+            .into_iter()
+            .filter_map(|action| match action {
+                Action::Zero(pages) => Some(pages.range),
+                _ => None,
+            })
+            .collect();
+        let rest = [pages(0, 3), pages(4, 9), pages(10, 512)];
+        assert_eq!(zeroed, if gfn == 3 { &rest[..] } else { &[] }, "what is mapped is clean, and once is enough");
     }
 }
 

@@ -14,6 +14,8 @@ pub struct JsonReport<'a> {
     pub vm_type: &'static str,
     /// The broken protocol, if any.
     pub mutant: Option<&'static str>,
+    /// Whether the program is about this type; on others its conditions are not judged.
+    pub named: bool,
     /// Whether everything was seen and all conditions hold.
     pub holds: bool,
     /// Distinct states.
@@ -73,6 +75,7 @@ impl<'a> JsonReport<'a> {
             question: &program.question,
             vm_type: report.vm_type.name(),
             mutant: mutant.map(crate::Mutant::name),
+            named: program.types.contains(&report.vm_type),
             holds: report.holds(),
             states: report.states,
             transitions: report.transitions,

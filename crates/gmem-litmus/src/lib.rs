@@ -32,3 +32,21 @@ pub use program::{Program, VmType};
 pub use run::{Ended, Event, Options, Report, Tracing, Violation, run};
 pub use scenario::StartError;
 pub use value::{Errno, Seen, Value};
+
+/// The words of the language, for whoever documents or tests it.
+pub mod words {
+    use crate::machine::Events;
+    use crate::parse;
+    use crate::value::Seen;
+
+    /// Words that begin an operation.
+    pub fn operations() -> impl Iterator<Item = &'static str> {
+        parse::op::GUEST.iter().chain(parse::op::OTHER).copied()
+    }
+
+    /// All words but operations: of the header, of conditions, of results, of events.
+    pub fn others() -> impl Iterator<Item = &'static str> {
+        let fixed = parse::HEADER.iter().chain(parse::RULES).chain(parse::WITHIN).copied();
+        fixed.chain(Seen::all_words()).chain(Events::all_words())
+    }
+}

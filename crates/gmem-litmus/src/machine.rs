@@ -41,6 +41,8 @@ bitflags! {
         const GUEST_DEAD = 1 << 10;
         /// Whoever got memory that had been given back found it out of the direct map.
         const HIDDEN_AFTER_FREE = 1 << 11;
+        /// A mapping that was taken away came back unchanged: taking it was not needed. Only told to programs that ask.
+        const REFAULTED = 1 << 12;
     }
 }
 
@@ -72,6 +74,7 @@ impl Events {
         ("spurious-exit", Self::SPURIOUS_EXIT),
         ("guest-dead", Self::GUEST_DEAD),
         ("hidden-after-free", Self::HIDDEN_AFTER_FREE),
+        ("refaulted", Self::REFAULTED),
     ];
 
     /// The words of the events that are set.
@@ -171,6 +174,8 @@ pub(crate) struct Machine {
     pub(crate) events: Events,
     pub(crate) vm_closed: bool,
     freed: RunMap<Member>,
+    /// Mappings that were taken away, where the program asks for them.
+    lost: Option<Vec<Mapping>>,
 }
 
 impl Default for Events {
@@ -284,6 +289,16 @@ impl Machine {
 
     // Stage 2.
 
+    /// Remembers from now on which mappings were taken away.
+    pub(crate) fn remember_lost(&mut self) {
+        self.lost = Some(Vec::new());
+    }
+
+    /// Whether this very mapping was taken away before.
+    pub(crate) fn was_lost(&self, mapping: Mapping) -> bool {
+        self.lost.as_ref().is_some_and(|lost| lost.contains(&mapping))
+    }
+
     pub(crate) fn map(&mut self, mapping: Mapping, separate: bool) {
         let entry = Entry { mapping, gone: Vec::new() };
         let gfns = entry.gfns();
@@ -305,6 +320,11 @@ impl Machine {
         };
         let (out, rest): (Vec<Entry>, Vec<Entry>) = self.stage2.drain(..).partition(hit);
         self.stage2 = rest;
+        if let Some(lost) = &mut self.lost {
+            lost.extend(out.iter().map(|entry| entry.mapping));
+            lost.sort_unstable_by_key(|mapping| (mapping.gfn, mapping.pfn, mapping.side));
+            lost.dedup();
+        }
         for entry in out {
             let contents = vm.arch.unmap(entry.mapping);
             if let (Side::Private, Some(frames)) = (entry.mapping.side, entry.frames()) {
@@ -374,6 +394,12 @@ impl Machine {
 
     pub(crate) fn write(&mut self, pfn: Pfn, value: Value, secret: bool) {
         self.bytes.insert(pfn.0, 1, Bytes { value, secret });
+    }
+
+    /// What the page holds is no secret of the guest's any more.
+    pub(crate) fn publish(&mut self, pfn: Pfn) {
+        let value = self.bytes(pfn).value;
+        self.write(pfn, value, false);
     }
 
     pub(crate) fn fill(&mut self, frames: PfnRange, value: Value) {
@@ -500,4 +526,9 @@ impl Machine {
 
 fn user_pfn(page: u64, version: u8) -> Pfn {
     Pfn(USER_FRAMES + (page << 8) + u64::from(version))
+}
+
+/// The page of the VMM's own memory that the frame is or was at.
+pub(crate) fn user_page(pfn: Pfn) -> Option<u64> {
+    pfn.0.checked_sub(USER_FRAMES).filter(|offset| *offset < USER_FRAMES).map(|offset| offset >> 8)
 }

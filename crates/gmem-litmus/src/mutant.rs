@@ -47,12 +47,18 @@ mutants! {
     RangeForgotten = "range-forgotten",
     /// A change of one side takes the mappings of both.
     FilterIgnored = "filter-ignored",
+    /// A change of the VMM's own memory takes private mappings too.
+    HvaZapsPrivate = "hva-zaps-private",
+    /// A hole, a close or a memory failure of a private file takes shared mappings too.
+    PunchZapsShared = "punch-zaps-shared",
     /// A change takes the mappings of whole 2 MiB blocks.
     ApproximateRange = "approximate-range",
     /// A hole does not keep bindings stable, and ends only what is bound at its end.
     OtherBindings = "other-bindings",
     /// Pages are freed while vCPUs may still have their translations cached.
     NoFlush = "no-flush",
+    /// Translations are flushed before the mappings go, and not after.
+    FlushBeforeZap = "flush-before-zap",
     /// Pages are handed out with what was in them.
     NoZero = "no-zero",
     /// A page is populated a second time.
@@ -61,12 +67,18 @@ mutants! {
     MissesHugePage = "misses-huge-page",
     /// Pages come back to the direct map only after they were freed.
     RestoreAfterFree = "restore-after-free",
+    /// Only the first page of a folio leaves the direct map.
+    HidesFirstPage = "hides-first-page",
     /// A change of slots does not wait for faults that saw the old ones.
     NoSynchronize = "no-synchronize",
     /// A conversion leaves the VMM's mappings of the pages in place.
     KeepsUserMappings = "keeps-user-mappings",
     /// A memory failure leaves the mappings of the page in place.
     NoZapOnPoison = "no-zap-on-poison",
+    /// Whoever finds or frees a page does not lock its folio.
+    NoFolioLock = "no-folio-lock",
+    /// Changes of attributes and of slots do not exclude one another.
+    NoSlotsLock = "no-slots-lock",
 }
 
 /// What a mutant remembers between the steps of one operation.
@@ -98,6 +110,7 @@ impl Mutant {
             Self::OtherBindings if matches!(op, CoreOp::Punch(_)) => unstable_bindings(op, saved, vm),
             Self::PopulateTwice if matches!(op, CoreOp::Populate(_)) => again(op, saved, vm),
             Self::RestoreAfterFree => restore_late(op, saved, vm),
+            Self::FlushBeforeZap => flush_early(op, saved, vm),
             _ => self.alter(op, vm),
         };
         saved.steps = saved.steps.saturating_add(1);
@@ -106,22 +119,62 @@ impl Mutant {
 
     /// Mutants that change what a step asks for and nothing else.
     fn alter(self, op: &mut CoreOp, vm: &mut Vm) -> Step<End> {
-        let frees = matches!(op, CoreOp::Punch(_) | CoreOp::Close(_));
-        let poison = matches!(op, CoreOp::Poison(_));
+        let about = About::of(op);
         match op.step(vm) {
-            Step::Do(action) => Step::Do(match (self, action) {
-                (Self::FilterIgnored, Action::Zap { range, .. }) => Action::Zap { range, filter: Filter::Both },
-                (Self::ApproximateRange, Action::Zap { range, filter }) => {
-                    Action::Zap { range: range.align_out(Level::Page2M), filter }
-                }
-                (Self::NoFlush, Action::Flush) if frees => Action::Continue,
-                (Self::NoZero, Action::Zero(_)) | (Self::NoSynchronize, Action::Synchronize) => Action::Continue,
-                (Self::KeepsUserMappings, Action::DropUserMappings(_)) => Action::Continue,
-                (Self::NoZapOnPoison, Action::Zap { .. }) if poison => Action::Continue,
-                (_, action) => action,
-            }),
+            Step::Do(action) => Step::Do(self.altered(about, action)),
             done @ Step::Done(_) => done,
         }
+    }
+
+    /// What is asked for instead of `action`.
+    fn altered(self, about: About, action: Action) -> Action {
+        match (self, action) {
+            (Self::FilterIgnored, Action::Zap { range, .. }) => Action::Zap { range, filter: Filter::Both },
+            (Self::HvaZapsPrivate, Action::Zap { range, .. }) if about == About::UserMemory => {
+                Action::Zap { range, filter: Filter::Both }
+            }
+            (Self::PunchZapsShared, Action::Zap { range, .. }) if about.is_of_a_file() => {
+                Action::Zap { range, filter: Filter::Both }
+            }
+            (Self::ApproximateRange, Action::Zap { range, filter }) => {
+                Action::Zap { range: range.align_out(Level::Page2M), filter }
+            }
+            (Self::NoFlush, Action::Flush) if about == About::Freeing => Action::Continue,
+            (Self::NoZero, Action::Zero(_)) | (Self::NoSynchronize, Action::Synchronize) => Action::Continue,
+            (Self::KeepsUserMappings, Action::DropUserMappings(_)) => Action::Continue,
+            (Self::NoZapOnPoison, Action::Zap { .. }) if about == About::Poison => Action::Continue,
+            (Self::HidesFirstPage, Action::DirectMap(Pages { file, range }, DirectMap::Remove)) => {
+                Action::DirectMap(Pages { file, range: PageRange::page(range.start()) }, DirectMap::Remove)
+            }
+            (Self::NoFolioLock, Action::Lock(Lock::Folios(_)) | Action::Unlock(Lock::Folios(_)))
+            | (Self::NoSlotsLock, Action::Lock(Lock::Slots) | Action::Unlock(Lock::Slots)) => Action::Continue,
+            (_, action) => action,
+        }
+    }
+}
+
+/// What an operation is about, as far as mutants tell.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum About {
+    /// Pages of a file are given back.
+    Freeing,
+    Poison,
+    UserMemory,
+    Other,
+}
+
+impl About {
+    fn of(op: &CoreOp) -> Self {
+        match op {
+            CoreOp::Punch(_) | CoreOp::Close(_) => Self::Freeing,
+            CoreOp::Poison(_) => Self::Poison,
+            CoreOp::User(_) => Self::UserMemory,
+            _ => Self::Other,
+        }
+    }
+
+    fn is_of_a_file(self) -> bool {
+        matches!(self, Self::Freeing | Self::Poison)
     }
 }
 
@@ -275,6 +328,15 @@ fn restore_late(op: &mut CoreOp, saved: &mut Saved, vm: &mut Vm) -> Step<End> {
             saved.due = true;
             Step::Do(action)
         }
+        other => other,
+    }
+}
+
+/// Each zap is put off until the next one, or until the flush that should follow it; the flush comes where the first zap was.
+fn flush_early(op: &mut CoreOp, saved: &mut Saved, vm: &mut Vm) -> Step<End> {
+    match op.step(vm) {
+        Step::Do(zap @ Action::Zap { .. }) => Step::Do(saved.held_back.replace(zap).unwrap_or(Action::Flush)),
+        Step::Do(Action::Flush) => Step::Do(saved.held_back.take().unwrap_or(Action::Flush)),
         other => other,
     }
 }

@@ -1,6 +1,6 @@
 //! A litmus program, as the parser leaves it.
 
-use gmem_core::addr::{Gfn, GfnRange, IndexRange, Level, PageIndex};
+use gmem_core::addr::{Gfn, GfnRange, IndexRange, Level, PageIndex, PageRange};
 use gmem_core::file::FileFlags;
 use gmem_core::vendor::{AccessKind, Side};
 use gmem_core::vm::Rules;
@@ -102,6 +102,23 @@ pub(crate) struct SlotDecl {
     pub(crate) user: u64,
 }
 
+impl SlotDecl {
+    /// The pages of the file behind the slot.
+    fn pages(&self) -> Option<(usize, IndexRange)> {
+        let (file, first) = self.file?;
+        Some((file, PageRange::with_len(first, self.gfns.len())?))
+    }
+
+    pub(crate) fn shares_pages_with(&self, other: &Self) -> bool {
+        let both = self.pages().zip(other.pages());
+        both.is_some_and(|((file, own), (of, theirs))| file == of && own.intersect(theirs).is_some())
+    }
+
+    pub(crate) fn fits(&self, file: Option<&FileDecl>) -> bool {
+        self.pages().zip(file).is_some_and(|((_, pages), file)| pages.end().0 <= file.pages)
+    }
+}
+
 #[derive(Clone, Debug)]
 pub(crate) struct Thread {
     pub(crate) name: String,
@@ -134,6 +151,7 @@ pub(crate) enum Op {
     Access { gfn: Gfn, kind: AccessKind, claimed: Option<Side>, value: Value },
     Accept { range: GfnRange },
     Request { range: GfnRange, to: Side },
+    Share { range: GfnRange },
     SetAttributes { range: GfnRange, to: Side },
     Allocate { file: usize, range: IndexRange },
     Punch { file: usize, range: IndexRange, may_split: bool },
@@ -245,7 +263,24 @@ pub(crate) enum Atom {
     Measured { gfn: Option<Gfn>, times: u64 },
 }
 
+impl Expr {
+    /// Whether the event decides anything here.
+    fn asks_for(&self, event: Events) -> bool {
+        match self {
+            Self::Atom(Atom::Event(one)) => one.intersects(event),
+            Self::Atom(_) => false,
+            Self::Not(inner) => inner.asks_for(event),
+            Self::And(left, right) | Self::Or(left, right) => left.asks_for(event) || right.asks_for(event),
+        }
+    }
+}
+
 impl Program {
+    /// Whether a condition depends on the event.
+    pub(crate) fn asks_for(&self, event: Events) -> bool {
+        self.conditions.iter().any(|condition| condition.expr.asks_for(event))
+    }
+
     /// Number of vCPUs.
     pub(crate) fn vcpus(&self) -> usize {
         self.threads.iter().filter(|thread| matches!(thread.kind, ThreadKind::Vcpu { .. })).count()
@@ -258,7 +293,13 @@ impl Program {
         let more = stmts.filter_map(|stmt| match stmt.op {
             Op::CreateSlot(slot) => Some(slot.gfns.end().0),
             Op::MoveSlot { to, .. } => Some(to.0 + 1024),
-            Op::SetAttributes { range, .. } | Op::Request { range, .. } => Some(range.end().0),
+            Op::SetAttributes { range, .. }
+            | Op::Request { range, .. }
+            | Op::Share { range }
+            | Op::Accept { range }
+            | Op::Prefault { range }
+            | Op::Populate { range, .. } => Some(range.end().0),
+            Op::Access { gfn, .. } | Op::Split { gfn } | Op::Collapse { gfn } => Some(gfn.0 + 1),
             _ => None,
         });
         let private = self.private.iter().map(|range| range.end().0);

@@ -175,7 +175,10 @@ fn judge(program: &Program, vm_type: VmType, found: &Found) -> Vec<Violation> {
             ConditionKind::Forbidden => {
                 violations.extend(holding.map(|(outcome, _)| Violation::Forbidden { outcome, why: why() }));
             }
-            ConditionKind::Required if holding.next().is_none() => violations.push(Violation::Missing { why: why() }),
+            // What was not seen before exploring stopped may still come.
+            ConditionKind::Required if !found.stopped && holding.next().is_none() => {
+                violations.push(Violation::Missing { why: why() });
+            }
             ConditionKind::Required | ConditionKind::Allowed => {}
         }
     }

@@ -3,7 +3,7 @@
 use gmem_core::Vm;
 use gmem_core::addr::PAGE_SIZE;
 use gmem_core::arch::Arch;
-use gmem_core::file::FileFlags;
+use gmem_core::file::{CreateError, FileFlags};
 use gmem_core::ops::{SetAttributes, SetRegion, run};
 use gmem_core::seal::Memfd;
 use gmem_core::vendor::sev::SevKind;
@@ -60,7 +60,7 @@ pub(crate) fn start(context: &Context<'_>, vm_type: VmType) -> Result<Start, Sta
         let size = file.pages * PAGE_SIZE;
         let id = vm
             .create_file(size, file.flags.bits(), FileFlags::all())
-            .map_err(|error| declared(format!("file {} cannot be created: {error:?}", file.name)))?;
+            .map_err(|error| declared(format!("file {}: {}", file.name, of_create(error))))?;
         if let Some(created) = vm.file_mut(id) {
             created.set_folio_level(file.folios);
         }
@@ -69,7 +69,9 @@ pub(crate) fn start(context: &Context<'_>, vm_type: VmType) -> Result<Start, Sta
         run(&mut SetRegion::new(claim(*slot)), &mut vm, |_, _, _| {})
             .map_err(|error| declared(format!("slot {} cannot be created: {error:?}", slot.number)))?;
     }
-    for range in &program.private {
+    // VMs without private memory have no attributes to set: the same program asks about ordinary memory there.
+    let private = if vm.has_private_memory() { program.private.as_slice() } else { &[] };
+    for range in private {
         run(&mut SetAttributes::new(*range, Side::Private), &mut vm, |_, _, _| {});
     }
     if let Arch::Sev(sev) = &mut vm.arch {
@@ -85,6 +87,13 @@ pub(crate) fn start(context: &Context<'_>, vm_type: VmType) -> Result<Start, Sta
     set_up(context, Start { vm, machine, memfds })
 }
 
+fn of_create(error: CreateError) -> &'static str {
+    match error {
+        CreateError::Flags(_) => "VMs of this type have no files with these flags",
+        CreateError::Size(_) => "no file has this size",
+    }
+}
+
 fn set_up(context: &Context<'_>, start: Start) -> Result<Start, StartError> {
     let program = context.program;
     let kind = ThreadKind::Vcpu { number: program.vcpus(), converts: true };
@@ -94,18 +103,23 @@ fn set_up(context: &Context<'_>, start: Start) -> Result<Start, StartError> {
     let mut budget = 100_000;
     while usize::from(thread.pc) < program.setup.len() && budget > 0 {
         let at = usize::from(thread.pc);
-        let mut turn = Turn::new(&alone, (0, kind, &program.setup), thread, (vm, machine, memfds));
+        let mut turn = Turn::new(&alone, (0, kind, &program.setup), thread, (vm, machine, memfds)).with_notes();
         if !turn.take() {
             budget = 0;
         }
-        Turn { thread, vm, machine, memfds, .. } = turn;
+        let note;
+        (note, Turn { thread, vm, machine, memfds, .. }) = (turn.note(), turn);
         if usize::from(thread.pc) > at + 1 || machine.events.contains(Events::UNEXPECTED) || budget == 0 {
             let line = program.setup.get(at).map_or(0, |stmt| stmt.line);
-            return Err(StartError { line, what: "this operation does not succeed alone".into() });
+            let how = note.rsplit("; ").next().unwrap_or_default();
+            return Err(StartError { line, what: format!("the setup goes wrong here: {how}") });
         }
         budget -= 1;
     }
     machine.flush();
     machine.flush_host();
+    if program.asks_for(Events::REFAULTED) {
+        machine.remember_lost();
+    }
     Ok(Start { vm, machine, memfds })
 }

@@ -19,14 +19,14 @@ fn write_report(text: &mut String, program: &Program, report: &Report) -> core::
         text,
         "{}: {}, {} states, {} transitions, {} interleavings, {} KiB",
         report.vm_type.name(),
-        if report.holds() { "holds" } else { "FAILS" },
+        verdict(program, report),
         report.states,
         report.transitions,
-        report.interleavings,
+        count(report.interleavings),
         report.memory / 1024
     )?;
     for ended in &report.outcomes {
-        writeln!(text, "  {:>14}  {}", ended.count, ended.words)?;
+        writeln!(text, "  {:>14}  {}", count(ended.count), ended.words)?;
     }
     for violation in &report.violations {
         match violation {
@@ -38,7 +38,13 @@ fn write_report(text: &mut String, program: &Program, report: &Report) -> core::
         }
     }
     if report.stopped {
-        writeln!(text, "  too large: stopped after {} states, {} MiB", report.states, report.memory >> 20)?;
+        writeln!(
+            text,
+            "  too large: stopped after {} states and {} transitions, with {} KiB; what was found until then is above",
+            report.states,
+            report.transitions,
+            report.memory >> 10
+        )?;
     }
     if !report.trace.is_empty() {
         writeln!(text, "  a shortest interleaving ({} steps):", report.trace.len())?;
@@ -49,6 +55,20 @@ fn write_report(text: &mut String, program: &Program, report: &Report) -> core::
         }
     }
     Ok(())
+}
+
+fn verdict(program: &Program, report: &Report) -> &'static str {
+    match (program.types.contains(&report.vm_type), report.violations.is_empty(), report.stopped) {
+        (_, true, true) => "TOO LARGE",
+        (false, ..) => "not judged (the program does not name it)",
+        (true, true, false) => "holds",
+        (true, false, _) => "FAILS",
+    }
+}
+
+/// Interleavings; so many that they were not counted to the end are said to be.
+fn count(interleavings: u128) -> String {
+    if interleavings == u128::MAX { "over 10^38".into() } else { interleavings.to_string() }
 }
 
 /// The outcomes of several types side by side: one row for each outcome, one column for each type, the number of
@@ -64,7 +84,7 @@ pub fn side_by_side(reports: &[Report]) -> String {
     let names: Vec<&str> = reports.iter().map(|report| VmType::name(report.vm_type)).collect();
     let cell = |report: &Report, words: &str| {
         let found = report.outcomes.iter().find(|ended| ended.words == words);
-        found.map_or_else(|| "-".to_owned(), |ended| ended.count.to_string())
+        found.map_or_else(|| "-".to_owned(), |ended| count(ended.count))
     };
     let mut text = String::new();
     let widths: Vec<usize> = reports

@@ -66,6 +66,11 @@ impl Touch {
     /// Whether a fault reads the slots.
     pub(crate) const READERS: Self = Self { reads: Objects::empty(), writes: Objects::READERS };
 
+    /// Whether the VM's descriptor is open is looked at.
+    pub(crate) const LIFE: Self = Self::reads(Objects::LIFE);
+    /// The files are looked at.
+    pub(crate) const FILES: Self = Self::reads(Objects::FILES);
+
     const fn reads(reads: Objects) -> Self {
         Self { reads, writes: Objects::empty() }
     }
@@ -157,7 +162,10 @@ impl Touch {
             },
             Op::Prefault { .. } => fault,
             Op::Request { .. } => convert,
-            Op::SetAttributes { .. } => change.with(Self::writes(Objects::ATTRIBUTES | Objects::SLOTS_LOCK)),
+            Op::Share { .. } => fault.with(convert),
+            Op::SetAttributes { .. } => {
+                change.with(Self::writes(Objects::ATTRIBUTES | Objects::SLOTS_LOCK)).with(Self::reads(Objects::LIFE))
+            }
             Op::Punch { .. } | Op::Poison { .. } => change
                 .with(Self::writes(Objects::FILES | Objects::FILE_LOCKS | Objects::DIRECT_MAP | Objects::VMM_TABLE)),
             Op::ChangeUser { .. } => change.with(Self::writes(Objects::USER)),

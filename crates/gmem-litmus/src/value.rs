@@ -108,10 +108,14 @@ impl Seen {
         errno.or_else(|| WORDS.iter().find(|(name, _)| *name == word).map(|(_, seen)| *seen))
     }
 
+    pub(crate) fn all_words() -> impl Iterator<Item = &'static str> {
+        WORDS.iter().map(|(word, _)| *word)
+    }
+
     /// Words that a program can compare with, for error messages.
     pub(crate) fn words() -> String {
         let words = WORDS.iter().map(|(word, _)| *word);
-        words.chain(["partly-N", "an errno", "a value that the program writes"]).collect::<Vec<_>>().join(", ")
+        words.chain(["partly-N", "an errno"]).collect::<Vec<_>>().join(", ")
     }
 
     /// Whether a vCPU runs on after an access that ended like this.

@@ -40,6 +40,18 @@ const WRONG: &[(&str, usize, &str)] = &[
     ("vcpu a:\n    load 0\nforbidden: guest = well", 20, "`alive` or `dead`"),
     ("vcpu a:\n    load 0\nforbidden: (deadlock", 21, "`)`"),
     ("vcpu a:\n    load 0\nforbidden for vax: deadlock", 15, "type of VM"),
+    ("question: again", 1, "no second line"),
+    ("type: snp\ntype: tdx", 1, "no second line"),
+    ("type: snp, snp", 12, "not named yet"),
+    ("slot 0: gfn 0..4\nslot 0: gfn 4..8", 6, "not declared yet"),
+    ("slot 0: gfn 0..4\nslot 1: gfn 3..8", 6, "no other slot has"),
+    ("file f: 4 pages\nslot 0: gfn 0..8, file f at 0", 6, "within the file"),
+    ("file f: 4 pages\nslot 0: gfn 0..2, file f at 0\nslot 1: gfn 8..10, file f at 1", 6, "no other slot is bound"),
+    ("file user: 4 pages", 6, "other than `user`"),
+    ("vcpu leaked:", 6, "no word of conditions"),
+    ("vcpu a:\n    punch f 0", 5, "go into `vmm`"),
+    ("vmm:\n    load 0", 5, "go into `vcpu`"),
+    ("vcpu a:\n    store 0 = y\n    load 1 expect x", 19, "`y`"),
 ];
 
 #[test]
@@ -61,11 +73,39 @@ fn a_program_needs_a_question_and_an_operation() {
 }
 
 #[test]
+fn conditions_and_results_may_name_what_comes_later() {
+    let text = "required: b.r0 = x\nquestion: order\nslot 0: gfn 0..4\nvcpu b:\n    load 0 -> r0 expect x or zero\nvcpu a:\n    \
+                store 0 = x\n";
+    let program = parse(text).unwrap();
+    assert!(run(&program, program.types[0], &Options::default()).unwrap().holds());
+}
+
+#[test]
+fn the_reference_has_every_word_of_the_language() {
+    let reference = include_str!("../../../docs/litmus-reference.md");
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    let known: Vec<&str> = reference.split(|c| !is_word(c)).collect();
+    let words = gmem_litmus::words::operations().chain(gmem_litmus::words::others());
+    let missing: Vec<_> = words.filter(|word| !known.contains(word)).collect();
+    assert!(missing.is_empty(), "docs/litmus-reference.md lacks {missing:?}");
+}
+
+#[test]
 fn a_program_that_is_too_large_says_how_far_it_came() {
     let (_, program) = common::library().into_iter().find(|(name, _)| name == "freed-memory-is-foreign").unwrap();
     let limits = Limits { states: 50, ..Limits::default() };
     let report = run(&program, program.types[0], &Options { limits, ..Options::default() }).unwrap();
     assert!(report.stopped && !report.holds() && report.states >= 50 && report.memory > 0);
+}
+
+#[test]
+fn memory_is_bounded_and_reported() {
+    let program = parse(include_str!("../benches/large.litmus")).unwrap();
+    let limits = Limits { memory: 4 << 20, ..Limits::default() };
+    let report = run(&program, program.types[0], &Options { limits, ..Options::default() }).unwrap();
+    // A table that grows does so by its own size, so the bound is passed by less than itself.
+    assert!(report.stopped && report.memory > 4 << 20 && report.memory < 8 << 20, "{}", report.memory);
+    assert!(report.violations.is_empty(), "what was not seen yet is no violation");
 }
 
 proptest! {

@@ -201,9 +201,9 @@ impl Fault {
             return self.page_error(target, GetPageError::NoFile);
         };
         let taken =
-            Taken { pfn: inode.pfn(index), level: inode.folio_level_at(index), page: Some((file, index, folio.pages)) };
+            Taken { pfn: inode.pfn(index), level: inode.folio_level_at(index), page: Some((file, index, folio)) };
         self.state = State::Zero(snapshot, target, taken);
-        Step::Do(Action::Lock(Lock::Folios(Pages { file, range: folio.pages })))
+        Step::Do(Action::Lock(Lock::Folios(Pages { file, range: folio })))
     }
 
     /// Whether the bytes are someone else's is known only under the folio's lock: another fault may have been faster.
@@ -211,13 +211,12 @@ impl Fault {
         if !still_there(vm, taken) {
             return self.unlock_folio(vm, taken, State::Fail(target, FaultEnd::Retry));
         }
-        self.state = State::MakePrivate(snapshot, target, taken);
-        let stale = taken.page.and_then(|(file, index, folio)| {
-            let inode = vm.files.get_mut(&file).filter(|inode| !inode.is_up_to_date(index))?;
-            inode.mark_up_to_date(folio);
-            Some(Pages { file, range: folio })
-        });
-        Step::Do(stale.map_or(Action::Continue, Action::Zero))
+        let stale = taken.page.and_then(|(file, _, folio)| zero_next(vm, file, folio));
+        let (action, more) = stale.map_or((Action::Continue, false), |(pages, more)| (Action::Zero(pages), more));
+        if !more {
+            self.state = State::MakePrivate(snapshot, target, taken);
+        }
+        Step::Do(action)
     }
 
     fn unlock_folio(&mut self, vm: &mut Vm, taken: Taken, next: State) -> Step<FaultEnd> {
@@ -315,6 +314,15 @@ impl Fault {
         let pfn = Pfn(taken.pfn.0.wrapping_sub(gfn.0 - head.0));
         Mapping { gfn: head, pfn, level, side: target.side }
     }
+}
+
+/// Takes the next pages of a folio that have to be zeroed before anyone sees them, and says whether there are more. Under the
+/// folio's lock, or that of its file.
+pub(super) fn zero_next(vm: &mut Vm, file: FileId, folio: IndexRange) -> Option<(Pages, bool)> {
+    let inode = vm.files.get_mut(&file)?;
+    let range = inode.first_stale(folio)?;
+    inode.mark_up_to_date(range);
+    Some((Pages { file, range }, inode.first_stale(folio).is_some()))
 }
 
 /// Whether the folio is what it was when it was looked up: until its lock was had it could be freed or split, and others of its

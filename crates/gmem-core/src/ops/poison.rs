@@ -1,11 +1,11 @@
-use super::{Action, Lock, Operation, Parts, Reach, Step};
+use super::{Action, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::{PageIndex, PageRange};
 use crate::file::FileId;
 use crate::invalidate::Begun;
 use crate::vm::Vm;
 
-/// A page has a memory error (`kvm_gmem_error_folio()`): its mappings go, the page stays and every later use of it fails
-/// until it is punched out.
+/// A page has a memory error: the guest's mappings of it go (`kvm_gmem_error_folio()`) and the VMM's (`memory_failure()`,
+/// `unmap_poisoned_folio()`). The page stays, and every later use of it fails until it is punched out.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct MemoryFailure {
     file: FileId,
@@ -19,6 +19,7 @@ enum State {
     Lock,
     Begin,
     Flush,
+    DropUserMappings,
     End,
     Done,
 }
@@ -48,7 +49,7 @@ impl MemoryFailure {
             file.poison(self.index);
         }
         if covered.is_empty() {
-            return self.next(State::End, Action::Continue);
+            return self.next(State::DropUserMappings, Action::Continue);
         }
         let begun = vm.invalidation.begin();
         for range in covered {
@@ -75,7 +76,11 @@ impl Operation for MemoryFailure {
             // Shared is enough: bindings change only under the exclusive lock, so begin and end see the same ones.
             State::Lock => self.next(State::Begin, Action::Lock(Lock::FileShared(self.file))),
             State::Begin => self.begin(vm),
-            State::Flush => self.next(State::End, Action::Flush),
+            State::Flush => self.next(State::DropUserMappings, Action::Flush),
+            State::DropUserMappings => {
+                let pages = Pages { file: self.file, range: PageRange::page(self.index) };
+                self.next(State::End, Action::DropUserMappings(pages))
+            }
             State::End => self.end(vm),
             State::Done => Step::Done(()),
         }
@@ -83,7 +88,7 @@ impl Operation for MemoryFailure {
 
     fn reach(&self) -> Reach {
         match self.state {
-            State::Lock | State::Flush | State::Done => Reach::NOTHING,
+            State::Lock | State::Flush | State::DropUserMappings | State::Done => Reach::NOTHING,
             State::Begin => Reach::writes(Parts::INVALIDATION | Parts::FILES).and_reads(Parts::SLOTS),
             State::End => Reach::writes(Parts::INVALIDATION),
         }

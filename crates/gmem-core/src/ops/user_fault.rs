@@ -1,3 +1,4 @@
+use super::fault::zero_next;
 use super::{Action, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::PageIndex;
 use crate::addr::PageRange;
@@ -52,12 +53,13 @@ impl UserFault {
 
     fn take(&mut self, vm: &mut Vm) -> Step<Output> {
         match self.try_take(vm) {
-            Ok(action) => self.next(State::Map, action),
+            Ok((action, next)) => self.next(next, action),
             Err(error) => self.next(State::Done(Err(error)), Action::Unlock(Lock::FileShared(self.file))),
         }
     }
 
-    fn try_take(&self, vm: &mut Vm) -> Result<Action, UserFaultError> {
+    /// Every page of the folio that is not clean is zeroed, run by run.
+    fn try_take(&self, vm: &mut Vm) -> Result<(Action, State), UserFaultError> {
         let file = vm.files.get_mut(&self.file).ok_or(UserFaultError::NoPage)?;
         if !file.flags().contains(FileFlags::MMAP) || self.index.0 >= file.pages() {
             return Err(UserFaultError::NoPage);
@@ -69,11 +71,10 @@ impl UserFault {
         if file.is_poisoned(self.index) {
             return Err(UserFaultError::Poisoned);
         }
-        if !folio.needs_zeroing {
-            return Ok(Action::Continue);
-        }
-        file.mark_up_to_date(folio.pages);
-        Ok(Action::Zero(Pages { file: self.file, range: folio.pages }))
+        Ok(match zero_next(vm, self.file, folio) {
+            Some((pages, more)) => (Action::Zero(pages), if more { State::Take } else { State::Map }),
+            None => (Action::Continue, State::Map),
+        })
     }
 }
 

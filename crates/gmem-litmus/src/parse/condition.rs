@@ -46,16 +46,24 @@ fn not(line: &mut Line<'_>, program: &Program, depth: u32) -> Result<Expr, Parse
     atom(line, program)
 }
 
-fn expected() -> String {
+/// Whether a thread with this name could not be told from another word of a condition.
+pub(super) fn is_reserved(name: &str) -> bool {
+    ["guest", "leaked", "measured", "not", "and", "or"].contains(&name) || Events::of_word(name).is_some()
+}
+
+fn expected(program: &Program) -> String {
     let events: Vec<_> = Events::all_words().map(|word| format!("`{word}`")).collect();
+    let threads = program.threads.iter().filter(|thread| !thread.registers.is_empty());
+    let threads = threads.map(|thread| format!("`{}`", thread.name)).collect::<Vec<_>>().join(", ");
+    let threads = if threads.is_empty() { "none has registers".to_owned() } else { threads };
     format!(
-        "`THREAD.REGISTER = RESULT`, `guest = alive|dead`, `leaked = N`, `measured [GFN] = N`, {}",
+        "`THREAD.REGISTER = RESULT` (threads: {threads}), `guest = alive|dead`, `leaked = N`, `measured [GFN] = N`, {}",
         events.join(", ")
     )
 }
 
 fn atom(line: &mut Line<'_>, program: &Program) -> Result<Expr, ParseError> {
-    let word = line.word(&expected())?;
+    let word = line.word(&expected(program))?;
     let atom = match word {
         "guest" => return guest(line),
         "leaked" => {
@@ -86,7 +94,7 @@ fn guest(line: &mut Line<'_>) -> Result<Expr, ParseError> {
 
 fn register(line: &mut Line<'_>, program: &Program, name: &str) -> Result<Expr, ParseError> {
     let thread = program.threads.iter().position(|thread| thread.name == name);
-    let Some(thread) = thread else { return Err(line.error_before(expected())) };
+    let Some(thread) = thread else { return Err(line.error_before(expected(program))) };
     line.sign(".")?;
     let registers = program.threads.get(thread).map(|thread| thread.registers.as_slice()).unwrap_or_default();
     let names = || format!("a register of `{name}`: {}", registers.join(", "));
@@ -101,7 +109,11 @@ fn register(line: &mut Line<'_>, program: &Program, name: &str) -> Result<Expr, 
 
 /// The word of a result.
 pub(super) fn seen(line: &mut Line<'_>, program: &Program) -> Result<Seen, ParseError> {
-    let expected = || format!("a result: {}", Seen::words());
+    let expected = || {
+        let values = program.values.iter().map(|value| format!("`{value}`")).collect::<Vec<_>>().join(", ");
+        let values = if values.is_empty() { "none".to_owned() } else { values };
+        format!("a result: {}; or a value that the program writes: {values}", Seen::words())
+    };
     let word = line.word(&expected())?;
     let value = || {
         let at = program.values.iter().position(|value| value == word)?;

@@ -3,7 +3,7 @@
 //! Programs are read line by line. Every error names the line, the column and what would have been right there.
 
 mod condition;
-mod op;
+pub(crate) mod op;
 mod token;
 
 use core::fmt;
@@ -21,6 +21,64 @@ const MAX_PAGE: u64 = 1 << 20;
 const MAX_THREADS: usize = 8;
 const MAX_STMTS: usize = 256;
 const MAX_VALUES: usize = 200;
+
+/// Words that begin a line in the first column.
+pub(crate) const HEADER: &[&str] = &[
+    "question",
+    "asked",
+    "type",
+    "rules",
+    "launch",
+    "file",
+    "memfd",
+    "slot",
+    "private",
+    "setup",
+    "vcpu",
+    "vmm",
+    "host",
+    "forbidden",
+    "required",
+    "allowed",
+];
+/// Behaviour of kernels that a program can choose.
+pub(crate) const RULES: &[&str] =
+    &["in-place", "no-direct-map-flush", "populate-once", "private-filter", "prefault-waits"];
+/// Words within lines.
+pub(crate) const WITHIN: &[&str] = &[
+    "all",
+    "manual",
+    "pages",
+    "bytes",
+    "mmap",
+    "init-shared",
+    "no-direct-map",
+    "folios",
+    "2M",
+    "1G",
+    "gfn",
+    "file",
+    "at",
+    "user",
+    "converts",
+    "private",
+    "shared",
+    "expect",
+    "or",
+    "and",
+    "not",
+    "for",
+    "unsplittable",
+    "unmeasured",
+    "to",
+    "slot",
+    "vm",
+    "guest",
+    "alive",
+    "dead",
+    "leaked",
+    "measured",
+];
 
 /// Where a text is not a program.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -48,16 +106,52 @@ impl std::error::Error for ParseError {}
 /// # Errors
 /// The first place where the text is not one.
 pub fn parse(text: &str) -> Result<Program, ParseError> {
-    let mut parser = Parser::new();
+    // Results may name values, and conditions threads, that come further down; so values are collected first, and conditions
+    // are read last.
+    let values = read(text, Vec::new(), Names::Collected)?.values;
+    read(text, values, Names::Known)
+}
+
+/// Whether every value that the program names is known yet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Names {
+    Collected,
+    Known,
+}
+
+fn read(text: &str, values: Vec<String>, names: Names) -> Result<Program, ParseError> {
+    let mut parser = Parser::new(values, names);
+    let mut conditions = Vec::new();
     let mut last = 1;
     for (at, text) in text.lines().enumerate() {
         let mut line = Line::new(at + 1, text);
         last = at + 1;
-        if !line.is_blank() {
-            parser.line(&mut line)?;
+        if line.is_blank() {
+            continue;
+        }
+        match condition_kind(&line) {
+            Some(kind) => {
+                parser.block = Block::Header;
+                line.next();
+                conditions.push((line, kind));
+            }
+            None => parser.line(&mut line)?,
         }
     }
+    if names == Names::Known {
+        conditions.iter_mut().try_for_each(|(line, kind)| parser.condition(line, *kind))?;
+    }
     parser.finish(last)
+}
+
+fn condition_kind(line: &Line<'_>) -> Option<ConditionKind> {
+    match line.peek() {
+        _ if line.is_indented() => None,
+        Some(Kind::Word("forbidden")) => Some(ConditionKind::Forbidden),
+        Some(Kind::Word("required")) => Some(ConditionKind::Required),
+        Some(Kind::Word("allowed")) => Some(ConditionKind::Allowed),
+        _ => None,
+    }
 }
 
 /// Which block the lines belong to.
@@ -71,16 +165,18 @@ enum Block {
 struct Parser {
     program: Program,
     block: Block,
-    typed: bool,
+    names: Names,
+    /// Header lines that may stand once.
+    seen: Vec<String>,
 }
 
 impl Parser {
-    fn new() -> Self {
+    fn new(values: Vec<String>, names: Names) -> Self {
         let program = Program {
             question: String::new(),
             asked: String::new(),
             types: VmType::ALL.to_vec(),
-            values: Vec::new(),
+            values,
             rules: Rules { max_slots: 64, ..Rules::default() },
             manual_launch: false,
             files: Vec::new(),
@@ -91,12 +187,11 @@ impl Parser {
             threads: Vec::new(),
             conditions: Vec::new(),
         };
-        Self { program, block: Block::Header, typed: false }
+        Self { program, block: Block::Header, names, seen: Vec::new() }
     }
 
     fn line(&mut self, line: &mut Line<'_>) -> Result<(), ParseError> {
-        let before_indented = line.text.starts_with([' ', '\t']);
-        match (before_indented, self.block) {
+        match (line.is_indented(), self.block) {
             (true, Block::Setup) => self.stmt(line, None),
             (true, Block::Thread(thread)) => self.stmt(line, Some(thread)),
             (true, Block::Header) => Err(line.error("a header line, which begins in the first column")),
@@ -105,10 +200,13 @@ impl Parser {
     }
 
     fn header(&mut self, line: &mut Line<'_>) -> Result<(), ParseError> {
-        const WORDS: &str = "one of `question`, `asked`, `type`, `rules`, `launch`, `file`, `memfd`, `slot`, `private`, \
-                             `setup`, `vcpu`, `vmm`, `host`, `forbidden`, `required`, `allowed`";
-        let word = line.word(WORDS)?;
+        let expected = || {
+            let words: Vec<_> = HEADER.iter().map(|word| format!("`{word}`")).collect();
+            format!("one of {}", words.join(", "))
+        };
+        let word = line.word(&expected())?;
         self.block = Block::Header;
+        self.once(line, word)?;
         match word {
             "question" => {
                 line.sign(":")?;
@@ -129,10 +227,7 @@ impl Parser {
             }
             "file" => self.file(line)?,
             "memfd" => self.memfd(line)?,
-            "slot" => {
-                let slot = self.slot(line)?;
-                self.program.slots.push(slot);
-            }
+            "slot" => self.declared_slot(line)?,
             "private" => {
                 line.sign(":")?;
                 let ranges = list(line, gfns)?;
@@ -144,12 +239,21 @@ impl Parser {
             }
             "vcpu" => self.vcpu(line)?,
             "vmm" | "host" => self.other(line, word)?,
-            "forbidden" => self.condition(line, ConditionKind::Forbidden)?,
-            "required" => self.condition(line, ConditionKind::Required)?,
-            "allowed" => self.condition(line, ConditionKind::Allowed)?,
-            _ => return Err(line.error_before(WORDS)),
+            _ => return Err(line.error_before(expected())),
         }
         line.end()
+    }
+
+    /// A second line of these would silently replace the first.
+    fn once(&mut self, line: &mut Line<'_>, word: &str) -> Result<(), ParseError> {
+        if !["question", "asked", "type", "launch", "setup"].contains(&word) {
+            return Ok(());
+        }
+        if self.seen.iter().any(|seen| seen == word) {
+            return Err(line.error_before(format!("no second line `{word}`")));
+        }
+        self.seen.push(word.to_owned());
+        Ok(())
     }
 
     fn types(&mut self, line: &mut Line<'_>) -> Result<(), ParseError> {
@@ -157,20 +261,25 @@ impl Parser {
         if line.eat_word("all") {
             return Ok(());
         }
-        self.program.types = list(line, vm_type)?;
-        self.typed = true;
+        self.program.types.clear();
+        list(line, |line| {
+            let one = vm_type(line)?;
+            if self.program.types.contains(&one) {
+                return Err(line.error_before("a type that was not named yet"));
+            }
+            self.program.types.push(one);
+            Ok(())
+        })?;
         Ok(())
     }
 
     fn rules(&mut self, line: &mut Line<'_>) -> Result<(), ParseError> {
         line.sign(":")?;
         let names = list(line, |line| {
-            const RULES: &str = "a rule: `in-place`, `no-direct-map-flush`, `populate-once`, `private-filter` or \
-                                 `prefault-waits`";
-            let name = line.word(RULES)?;
-            let known = ["in-place", "no-direct-map-flush", "populate-once", "private-filter", "prefault-waits"]
-                .contains(&name);
-            if known { Ok(name.to_owned()) } else { Err(line.error_before(RULES)) }
+            let expected =
+                || format!("a rule: {}", RULES.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "));
+            let name = line.word(&expected())?;
+            if RULES.contains(&name) { Ok(name.to_owned()) } else { Err(line.error_before(expected())) }
         })?;
         let rules = &mut self.program.rules;
         for name in names {
@@ -223,7 +332,34 @@ impl Parser {
         if files.chain(self.program.memfds.iter().map(|memfd| &memfd.name)).any(|other| other == name) {
             return Err(line.error_before("a name that no other file has"));
         }
+        if name == "user" {
+            return Err(line.error_before("a name other than `user`, which is the VMM's own memory"));
+        }
         Ok(name.to_owned())
+    }
+
+    /// The slots of the header are there together, so they must not be in each other's way.
+    fn declared_slot(&mut self, line: &mut Line<'_>) -> Result<(), ParseError> {
+        let start = line.position();
+        let slot = self.slot(line)?;
+        let slots = &self.program.slots;
+        let problem = if slots.iter().any(|other| other.number == slot.number) {
+            Some("the number of a slot that is not declared yet")
+        } else if slots.iter().any(|other| other.gfns.intersect(slot.gfns).is_some()) {
+            Some("frames that no other slot has")
+        } else if slots.iter().any(|other| other.shares_pages_with(&slot)) {
+            Some("pages of the file that no other slot is bound to")
+        } else if slot.file.is_some_and(|(file, _)| !slot.fits(self.program.files.get(file))) {
+            Some("pages that lie within the file")
+        } else {
+            None
+        };
+        if let Some(expected) = problem {
+            line.rewind(start);
+            return Err(line.error(expected));
+        }
+        self.program.slots.push(slot);
+        Ok(())
     }
 
     /// `N: gfn A..B[, file F at I][, user at U]`
@@ -299,6 +435,9 @@ impl Parser {
         if self.program.threads.iter().any(|thread| thread.name == name) {
             return Err(line.error_before("a name that no other thread has"));
         }
+        if condition::is_reserved(&name) {
+            return Err(line.error_before("a name that is no word of conditions"));
+        }
         line.sign(":")?;
         if self.program.threads.len() >= MAX_THREADS {
             return Err(line.error_before(format!("at most {MAX_THREADS} threads")));
@@ -324,7 +463,7 @@ impl Parser {
         if name == "zero" {
             return Ok(Value::Zero);
         }
-        if crate::value::Seen::of_word(name).is_some() {
+        if crate::value::Seen::of_word(name).is_some() || name == "or" {
             return Err(line.error_before(format!("{EXPECTED} that is not the word of a result")));
         }
         let known = self.program.values.iter().position(|value| value == name);

@@ -4,22 +4,75 @@ use gmem_core::addr::PageIndex;
 use gmem_core::vendor::{AccessKind, Side};
 
 use super::token::{Kind, Line};
-use super::{MAX_STMTS, ParseError, Parser, condition, gfn, gfns, indices, page, range, slot_number};
+use super::{MAX_STMTS, Names, ParseError, Parser, condition, gfn, gfns, indices, page, range, slot_number};
 use crate::program::{HostPage, MemfdOp, Op, Stmt, ThreadKind, UserChange};
 use crate::value::{Seen, Value};
 
-const GUEST: &str = "an operation of a vCPU: `load`, `store`, `fetch`, `accept`, `request`";
-const OTHER: &str = "an operation of the VMM or the host: `set-attributes`, `allocate`, `punch`, `prefault`, `populate`, \
-                     `finalize`, `create`, `delete`, `move`, `munmap`, `remap`, `dontneed`, `close`, `read`, `write`, `convert`, \
-                     `pin`, `unpin`, `reclaim`, `migrate`, `hwpoison`, `direct-read`, `direct-write`, `restore`, `reuse`, \
-                     `split`, `collapse`, `seal`, `map`, `unmap`, `truncate`, `guest-write`, `swap`";
+/// Words that begin an operation of a vCPU.
+pub(crate) const GUEST: &[&str] = &["load", "store", "fetch", "accept", "request", "share"];
+/// Words that begin an operation of the VMM or the host.
+pub(crate) const OTHER: &[&str] = &[
+    "set-attributes",
+    "allocate",
+    "punch",
+    "prefault",
+    "populate",
+    "finalize",
+    "create",
+    "delete",
+    "move",
+    "munmap",
+    "remap",
+    "dontneed",
+    "close",
+    "read",
+    "write",
+    "convert",
+    "pin",
+    "unpin",
+    "reclaim",
+    "migrate",
+    "hwpoison",
+    "direct-read",
+    "direct-write",
+    "restore",
+    "reuse",
+    "split",
+    "collapse",
+    "seal",
+    "map",
+    "unmap",
+    "truncate",
+    "guest-write",
+    "swap",
+];
+
+fn one_of(words: &[&str]) -> String {
+    words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", ")
+}
+
+fn guest_words() -> String {
+    format!("an operation of a vCPU: {} (others go into `vmm` or `host`)", one_of(GUEST))
+}
+
+fn other_words() -> String {
+    format!("an operation of the VMM or the host: {} (others go into `vcpu`)", one_of(OTHER))
+}
+
+fn all_words() -> String {
+    format!("an operation: {}, {}", one_of(GUEST), one_of(OTHER))
+}
 
 impl Parser {
     pub(super) fn stmt(&mut self, line: &mut Line<'_>, thread: Option<usize>) -> Result<(), ParseError> {
         let kind = thread.and_then(|thread| self.program.threads.get(thread)).map(|thread| thread.kind);
         let op = match kind {
-            Some(ThreadKind::Vcpu { .. }) => self.guest(line)?.ok_or_else(|| line.error_before(GUEST))?,
-            Some(ThreadKind::Other) => self.other_op(line)?.ok_or_else(|| line.error_before(OTHER))?,
+            Some(ThreadKind::Vcpu { .. }) => {
+                self.guest(line, guest_words)?.ok_or_else(|| line.error_before(guest_words()))?
+            }
+            Some(ThreadKind::Other) => {
+                self.other_op(line, other_words)?.ok_or_else(|| line.error_before(other_words()))?
+            }
             None => self.setup_op(line)?,
         };
         let register = if line.eat_sign("->") { Some(self.register(line, thread)?) } else { None };
@@ -38,11 +91,11 @@ impl Parser {
     }
 
     fn setup_op(&mut self, line: &mut Line<'_>) -> Result<Op, ParseError> {
-        if let Some(op) = self.guest(line)? {
+        if let Some(op) = self.guest(line, all_words)? {
             return Ok(op);
         }
         line.error_before("");
-        self.other_op(line)?.ok_or_else(|| line.error_before(format!("{GUEST}; or {OTHER}")))
+        self.other_op(line, all_words)?.ok_or_else(|| line.error_before(all_words()))
     }
 
     fn register(&mut self, line: &mut Line<'_>, thread: Option<usize>) -> Result<usize, ParseError> {
@@ -58,20 +111,25 @@ impl Parser {
     }
 
     fn expect(&self, line: &mut Line<'_>) -> Result<Vec<Seen>, ParseError> {
-        let mut all = vec![condition::seen(line, &self.program)?];
+        let result = |line: &mut Line<'_>| match self.names {
+            Names::Known => condition::seen(line, &self.program),
+            Names::Collected => line.word("a result").map(|_| Seen::Nothing),
+        };
+        let mut all = vec![result(line)?];
         while line.eat_word("or") {
-            all.push(condition::seen(line, &self.program)?);
+            all.push(result(line)?);
         }
         Ok(all)
     }
 
     /// Operations of a guest; `None` if the word is not one of them.
-    fn guest(&mut self, line: &mut Line<'_>) -> Result<Option<Op>, ParseError> {
-        Ok(Some(match line.word(GUEST)? {
+    fn guest(&mut self, line: &mut Line<'_>, expected: fn() -> String) -> Result<Option<Op>, ParseError> {
+        Ok(Some(match line.word(&expected())? {
             "load" => self.access(line, AccessKind::Load)?,
             "store" => self.access(line, AccessKind::Store)?,
             "fetch" => self.access(line, AccessKind::Fetch)?,
             "accept" => Op::Accept { range: gfns(line)? },
+            "share" => Op::Share { range: gfns(line)? },
             "request" => Op::Request { range: gfns(line)?, to: side(line)? },
             _ => return Ok(None),
         }))
@@ -93,8 +151,8 @@ impl Parser {
     }
 
     /// Operations of the VMM and the host; `None` if the word is not one of them.
-    fn other_op(&mut self, line: &mut Line<'_>) -> Result<Option<Op>, ParseError> {
-        let word = line.word(OTHER)?;
+    fn other_op(&mut self, line: &mut Line<'_>, expected: fn() -> String) -> Result<Option<Op>, ParseError> {
+        let word = line.word(&expected())?;
         Ok(Some(match word {
             "set-attributes" => Op::SetAttributes { range: gfns(line)?, to: side(line)? },
             "allocate" => Op::Allocate { file: self.file_name(line)?, range: indices(line)? },

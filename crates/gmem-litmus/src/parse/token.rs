@@ -82,6 +82,19 @@ impl<'s> Line<'s> {
         self.tokens.is_empty()
     }
 
+    pub(super) fn is_indented(&self) -> bool {
+        self.text.starts_with([' ', '\t'])
+    }
+
+    /// The place of the next token, for [`Line::rewind`].
+    pub(super) fn position(&self) -> usize {
+        self.at
+    }
+
+    pub(super) fn rewind(&mut self, position: usize) {
+        self.at = position;
+    }
+
     /// The text without a comment and outer spaces.
     pub(super) fn stripped(&self) -> &'s str {
         let start = self.tokens.first().map_or(0, |token| token.start);
