@@ -436,7 +436,7 @@ fn vcpu_ioctl(vcpu: &VcpuObject, request: u32, arg: usize) -> Answer<i32> {
 fn enable_cap(vm: &VmObject, arg: usize) -> Answer<i32> {
     let Ok(claim) = abi::read::<EnableCap>(arg) else { return Answer::Pass };
     let quirks = claim.cap == cap::DISABLE_QUIRKS || claim.cap == cap::DISABLE_QUIRKS2;
-    if claim.flags != 0 || !quirks || !vm.read().core.has_private_memory() {
+    if claim.flags != 0 || !quirks {
         return Answer::Pass;
     }
     Answer::Done(kvm::disable_quirks(vm.fd(), claim.args[0]).map(|()| 0))

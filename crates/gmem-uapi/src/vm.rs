@@ -156,9 +156,7 @@ impl VmObject {
     ) -> Result<Self, Errno> {
         let rules = Rules { user_end: gmem_host::maps::user_address_end(), ..profile.rules };
         let arch = if vm_type == 0 { Arch::Default } else { Arch::SwProtected };
-        if arch.has_private_memory() {
-            kvm::disable_quirks(fd, 0)?;
-        }
+        kvm::disable_quirks(fd, 0)?;
         Ok(Self {
             fd: kvm::hidden_copy(fd)?,
             profile,
