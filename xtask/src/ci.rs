@@ -26,14 +26,18 @@ pub(crate) struct Args {
 /// A step's name and what it does.
 type Step = (&'static str, fn() -> Result<()>);
 
-const CHECKS: [Step; 5] =
-    [("format", format), ("clippy", clippy), ("doc", doc), ("deny", deny), ("programs", programs)];
+const CHECKS: [Step; 6] =
+    [("format", format), ("clippy", clippy), ("doc", doc), ("deny", deny), ("programs", programs), ("miri", miri)];
 
 /// What the tests under real kernels need: made here, in the open, and not in the middle of a test.
 const KERNELS: [Step; 3] = [("kernel stock", stock), ("kernel ref", reference), ("kernel selftests", kernel_selftests)];
 
-/// The step that may be left out even where CI is set: cargo-deny takes long to install.
-const OPTIONAL: &str = "deny";
+/// The steps that may be left out even where CI is set: cargo-deny takes long to install, and Miri is part of a compiler that
+/// is not the one that gmem is built with.
+const OPTIONAL: [&str; 2] = ["deny", "miri"];
+
+/// The toolchain whose Miri runs the core's tests: Miri is not part of a stable one.
+const MIRI_TOOLCHAIN: &str = "nightly-2026-05-20";
 
 /// The variable that lets the tests under real kernels run: they download and build, which nobody expects of `cargo test`.
 const VM_TESTS: &str = "GMEM_VM_TESTS";
@@ -47,7 +51,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         eprintln!("xtask: == {name}");
         let begin = Instant::now();
         let result = step();
-        if result.as_ref().is_err_and(|error| !error.is::<Missing>() || (strict && *name != OPTIONAL)) {
+        if result.as_ref().is_err_and(|error| !error.is::<Missing>() || (strict && !OPTIONAL.contains(name))) {
             failed.push(*name);
         }
         lines.push(line(name, begin.elapsed(), &result));
@@ -108,6 +112,25 @@ fn deny() -> Result<()> {
         bail!(Missing("cargo-deny (cargo install --locked cargo-deny)".to_owned()));
     }
     sys::run(sys::cargo().args(["deny", "--workspace", "check", "bans", "licenses", "sources"]))
+}
+
+/// The core's own tests under Miri, which finds undefined behaviour and races in what they do. Fewer random cases are run
+/// there (`cfg(miri)`). A nightly of another day will do where the pinned one is not installed.
+fn miri() -> Result<()> {
+    let run = |toolchain: &str, args: &[&str]| {
+        let mut command = Command::new("cargo");
+        // Not the toolchain of the cargo that runs this.
+        command.env_remove("RUSTUP_TOOLCHAIN").env("RUSTUP_AUTO_INSTALL", "0");
+        command.env("MIRIFLAGS", "-Zmiri-disable-isolation");
+        command.arg(format!("+{toolchain}")).arg("miri").args(args);
+        command
+    };
+    let works = |toolchain: &&str| run(toolchain, &["--version"]).output().is_ok_and(|output| output.status.success());
+    let Some(toolchain) = [MIRI_TOOLCHAIN, "nightly"].into_iter().find(works) else {
+        let install = "rustup toolchain install MIRI --profile minimal --component miri,rust-src";
+        bail!(Missing(format!("Miri ({})", install.replace("MIRI", MIRI_TOOLCHAIN))));
+    };
+    sys::run(&mut run(toolchain, &["test", "--quiet", "--locked", "--package", "gmem-core", "--lib"]))
 }
 
 fn programs() -> Result<()> {

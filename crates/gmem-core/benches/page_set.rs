@@ -128,6 +128,12 @@ fn set_page(c: &mut Criterion) {
     for (size, pages) in SIZES {
         let set = page_set(pages, true);
         group.bench_function(format!("PageSet {size} fragmented"), |b| {
+            b.iter(|| {
+                let draw = at.below(2 * pages);
+                set.set(draw >> 1, 1, draw & 1 != 0);
+            });
+        });
+        group.bench_function(format!("PageSet {size} fragmented, to what it is not"), |b| {
             b.iter(|| flip(&set, at.below(pages)));
         });
         let bitmap = Bitmap::new(pages);

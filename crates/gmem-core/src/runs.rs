@@ -4,6 +4,9 @@
 //! between the chunks say which chunk to search. A change of one page searches once and then works in place. A tree of
 //! single runs, which this was, needs up to seven descents for that.
 
+#[cfg(test)]
+mod tests;
+
 use alloc::vec::Vec;
 use core::fmt;
 use core::hash::{Hash, Hasher};
@@ -18,7 +21,7 @@ pub trait Linear: Clone + Eq {
 }
 
 /// Most runs that a chunk has between two operations.
-const FULL: usize = 64;
+const FULL: usize = 32;
 /// A chunk with fewer runs joins the next one if both together are at most half full.
 const SMALL: usize = FULL / 8;
 
@@ -46,11 +49,157 @@ impl<V: Linear> Run<V> {
     }
 }
 
+/// Some neighbouring runs.
+#[derive(Clone)]
+struct Chunk<V>(Vec<Run<V>>);
+
+impl<V> Chunk<V> {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Runs that start before `page`.
+    #[inline]
+    fn before(&self, page: u64) -> usize {
+        self.0.partition_point(|run| run.start < page)
+    }
+
+    /// Runs that start at `page` or before.
+    #[inline]
+    fn up_to(&self, page: u64) -> usize {
+        self.0.partition_point(|run| run.start <= page)
+    }
+
+    fn insert(&mut self, at: usize, run: Run<V>) {
+        self.0.insert(at.min(self.0.len()), run);
+    }
+
+    fn put(&mut self, at: usize, run: Run<V>) {
+        if let Some(old) = self.0.get_mut(at) {
+            *old = run;
+        }
+    }
+
+    /// Takes `count` runs from `at` out.
+    fn remove(&mut self, at: usize, count: usize) {
+        if count == 1 && at < self.0.len() {
+            self.0.remove(at);
+        } else if count > 0 {
+            let end = (at + count).min(self.0.len());
+            self.0.drain(at.min(end)..end);
+        }
+    }
+}
+
+/// What lies beyond the ends of a chunk.
+#[derive(Clone, Copy)]
+struct Neighbours {
+    before: bool,
+    after: bool,
+}
+
 /// Where a run is: chunk, and place in it.
 #[derive(Clone, Copy)]
 struct Place {
     chunk: usize,
     run: usize,
+}
+
+impl<V: Linear> Chunk<V> {
+    /// Replaces what `[start, end)` has by `new`, if no run is concerned but the one before `at`, the first that starts at
+    /// `start` or after, and that one. Returns whether the number of runs changed; `None` if more runs may be concerned,
+    /// and then nothing has changed.
+    ///
+    /// Between one run before and two after, nothing of other chunks is concerned, nor a fence.
+    fn edit(&mut self, at: usize, start: u64, end: u64, new: Option<&Run<V>>, others: Neighbours) -> Option<bool> {
+        if (at == 0 && others.before) || (at + 2 > self.len() && others.after) {
+            return None;
+        }
+        let (before, here) = (at.checked_sub(1).and_then(|before| self.0.get(before)), self.0.get(at));
+        if before.is_some_and(|before| before.end() > start) {
+            // Within the run before, or up to its end.
+            return before.is_some_and(|run| run.end() >= end).then(|| self.edit_within(at, start, end, new));
+        }
+        let exact = here.is_some_and(|here| here.start == start && here.end() == end);
+        if let Some(here) = here.filter(|here| here.start < end && !exact) {
+            return if here.start == start && here.end() > end { self.edit_head(at, end, new) } else { None };
+        }
+        let removed = usize::from(exact);
+        let Some(new) = new else {
+            self.remove(at, removed);
+            return Some(exact);
+        };
+        let joins_before = before.is_some_and(|before| before.end() == start && before.at(start) == new.value);
+        // What follows the range, once the run that it may replace is gone.
+        let after = self.0.get(at + removed).filter(|after| after.start == end && new.at(end) == after.value);
+        match (joins_before, after.map(|after| after.len)) {
+            (false, None) if exact => self.put(at, new.clone()),
+            (false, None) => self.insert(at, new.clone()),
+            (true, None) => {
+                self.grow(at - 1, end - start);
+                self.remove(at, removed);
+            }
+            (false, Some(more)) => {
+                self.put(at + removed, Run { len: new.len + more, ..new.clone() });
+                self.remove(at, removed);
+            }
+            (true, Some(more)) => {
+                self.grow(at - 1, end - start + more);
+                self.remove(at, removed + 1);
+            }
+        }
+        Some(true)
+    }
+
+    /// The same if the range is the first part of the run at `at`.
+    fn edit_head(&mut self, at: usize, end: u64, new: Option<&Run<V>>) -> Option<bool> {
+        let rest = self.0.get(at)?.cut(end, u64::MAX)?;
+        let Some(new) = new else {
+            self.put(at, rest);
+            return Some(false);
+        };
+        if new.at(end) == rest.value {
+            return None;
+        }
+        let before = at.checked_sub(1).and_then(|before| self.0.get(before));
+        let joins_before = before.is_some_and(|run| run.end() == new.start && run.at(new.start) == new.value);
+        self.put(at, rest);
+        if joins_before {
+            self.grow(at - 1, new.len);
+        } else {
+            self.insert(at, new.clone());
+        }
+        Some(!joins_before)
+    }
+
+    /// The same if the run before `at` has all of `[start, end)`.
+    fn edit_within(&mut self, at: usize, start: u64, end: u64, new: Option<&Run<V>>) -> bool {
+        let Some(whole) = at.checked_sub(1).and_then(|before| self.0.get_mut(before)) else { return false };
+        if new.is_some_and(|new| whole.at(start) == new.value) {
+            return false;
+        }
+        let right = whole.cut(end, u64::MAX);
+        whole.len = start - whole.start;
+        let after = if right.is_none() { self.0.get(at) } else { None };
+        if let (Some(new), Some(after)) = (new, after)
+            && after.start == end
+            && new.at(end) == after.value
+        {
+            let joined = Run { len: new.len + after.len, ..new.clone() };
+            self.put(at, joined);
+            return false;
+        }
+        let changed = new.is_some() || right.is_some();
+        right.into_iter().for_each(|right| self.insert(at, right));
+        new.into_iter().for_each(|new| self.insert(at, new.clone()));
+        changed
+    }
+
+    fn grow(&mut self, at: usize, pages: u64) {
+        if let Some(run) = self.0.get_mut(at) {
+            run.len += pages;
+        }
+    }
 }
 
 /// Values of pages, keyed by raw page number. Absent pages have no value.
@@ -62,7 +211,7 @@ pub struct RunMap<V> {
     /// `fences[i]` lies above every start in `chunks[i]` and not above any in `chunks[i + 1]`.
     fences: Vec<u64>,
     /// None is empty.
-    chunks: Vec<Vec<Run<V>>>,
+    chunks: Vec<Chunk<V>>,
 }
 
 impl<V> Default for RunMap<V> {
@@ -71,9 +220,15 @@ impl<V> Default for RunMap<V> {
     }
 }
 
+impl<V> RunMap<V> {
+    fn all(&self) -> impl Iterator<Item = &Run<V>> {
+        self.chunks.iter().flat_map(|chunk| &chunk.0)
+    }
+}
+
 impl<V: PartialEq> PartialEq for RunMap<V> {
     fn eq(&self, other: &Self) -> bool {
-        self.chunks.iter().flatten().eq(other.chunks.iter().flatten())
+        self.all().eq(other.all())
     }
 }
 
@@ -81,15 +236,14 @@ impl<V: Eq> Eq for RunMap<V> {}
 
 impl<V: Hash> Hash for RunMap<V> {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_usize(self.chunks.iter().map(Vec::len).sum());
-        self.chunks.iter().flatten().for_each(|run| run.hash(state));
+        state.write_usize(self.chunks.iter().map(Chunk::len).sum());
+        self.all().for_each(|run| run.hash(state));
     }
 }
 
 impl<V: fmt::Debug> fmt::Debug for RunMap<V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let runs = self.chunks.iter().flatten();
-        f.debug_map().entries(runs.map(|run| (run.start..run.start + run.len, &run.value))).finish()
+        f.debug_map().entries(self.all().map(|run| (run.start..run.start + run.len, &run.value))).finish()
     }
 }
 
@@ -109,13 +263,15 @@ impl<V: Linear> RunMap<V> {
     /// Number of runs, a measure of memory.
     #[must_use]
     pub fn run_count(&self) -> usize {
-        self.chunks.iter().map(Vec::len).sum()
+        self.chunks.iter().map(Chunk::len).sum()
     }
 
     /// The value of `page`.
     #[must_use]
     pub fn get(&self, page: u64) -> Option<V> {
-        let run = self.run(self.before(self.find(page, |start| start <= page))?)?;
+        let chunk = self.chunk_of(page);
+        let run = self.chunks.get(chunk).map_or(0, |chunk| chunk.up_to(page));
+        let run = self.run(self.before(Place { chunk, run })?)?;
         (page < run.end()).then(|| run.at(page))
     }
 
@@ -140,26 +296,33 @@ impl<V: Linear> RunMap<V> {
     /// The runs that have pages in `len` pages from `start`, cut to that range: `(first page, pages, value)`.
     pub fn runs(&self, start: u64, len: u64) -> impl Iterator<Item = (u64, u64, V)> {
         let end = start.saturating_add(len);
-        let at = self.find(start, |first| first < start);
+        let at = self.find(start);
         let before = self.before(at).and_then(|place| self.run(place));
-        let here = self.chunks.get(at.chunk).and_then(|chunk| chunk.get(at.run..)).unwrap_or_default();
-        let later = self.chunks.iter().skip(at.chunk + 1).flatten();
-        let touched = here.iter().chain(later).take_while(move |run| run.start < end);
+        let touched = self.runs_from(at).take_while(move |run| run.start < end);
         let cut = before.into_iter().chain(touched).filter_map(move |run| run.cut(start, end));
         cut.map(|run| (run.start, run.len, run.value))
     }
 
     /// All runs in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = (u64, u64, &V)> {
-        self.chunks.iter().flatten().map(|run| (run.start, run.len, &run.value))
+        self.all().map(|run| (run.start, run.len, &run.value))
     }
 
-    /// The first run whose start does not satisfy `earlier`, which holds for the starts below some number that is at
-    /// most one above `page`.
-    fn find(&self, page: u64, earlier: impl Fn(u64) -> bool) -> Place {
-        let chunk = self.fences.partition_point(|fence| *fence <= page);
-        let run = self.chunks.get(chunk).map_or(0, |chunk| chunk.partition_point(|run| earlier(run.start)));
-        Place { chunk, run }
+    /// The chunk in which a run that starts at `page` is or would be.
+    #[inline]
+    fn chunk_of(&self, page: u64) -> usize {
+        self.fences.partition_point(|fence| *fence <= page)
+    }
+
+    /// The first run that starts at `page` or after.
+    fn find(&self, page: u64) -> Place {
+        let chunk = self.chunk_of(page);
+        Place { chunk, run: self.chunks.get(chunk).map_or(0, |chunk| chunk.before(page)) }
+    }
+
+    fn runs_from(&self, at: Place) -> impl Iterator<Item = &Run<V>> {
+        let here = self.chunks.get(at.chunk).and_then(|chunk| chunk.0.get(at.run..)).unwrap_or_default();
+        here.iter().chain(self.chunks.iter().skip(at.chunk + 1).flat_map(|chunk| &chunk.0))
     }
 
     /// The run before a place.
@@ -172,12 +335,25 @@ impl<V: Linear> RunMap<V> {
     }
 
     fn run(&self, at: Place) -> Option<&Run<V>> {
-        self.chunks.get(at.chunk)?.get(at.run)
+        self.chunks.get(at.chunk)?.0.get(at.run)
     }
 
     /// Replaces what `[start, end)` has by `new`, which covers exactly that, or by nothing.
-    fn replace(&mut self, start: u64, end: u64, mut new: Option<Run<V>>) {
-        let (mut first, mut left, mut right) = (self.find(start, |at| at < start), None, None);
+    fn replace(&mut self, start: u64, end: u64, new: Option<Run<V>>) {
+        let first = self.find(start);
+        let others = Neighbours { before: first.chunk > 0, after: first.chunk < self.fences.len() };
+        let chunk = self.chunks.get_mut(first.chunk);
+        let edit = chunk.and_then(|chunk| chunk.edit(first.run, start, end, new.as_ref(), others));
+        match edit {
+            Some(true) => self.balance(first.chunk),
+            Some(false) => {}
+            None => self.replace_any(first, start, end, new),
+        }
+    }
+
+    /// The same for any number of runs in any chunks. `first` is the first run from `start`.
+    fn replace_any(&mut self, mut first: Place, start: u64, end: u64, mut new: Option<Run<V>>) {
+        let (mut left, mut right) = (None, None);
         let mut taken = 0;
         if let Some((place, run)) = self.before(first).and_then(|place| Some((place, self.run(place)?)))
             && run.end() >= start
@@ -210,10 +386,8 @@ impl<V: Linear> RunMap<V> {
         new: &mut Option<Run<V>>,
         right: &mut Option<Run<V>>,
     ) -> usize {
-        let here = self.chunks.get(first.chunk).and_then(|chunk| chunk.get(first.run + taken..)).unwrap_or_default();
-        let later = self.chunks.iter().skip(first.chunk + 1).flatten();
         let mut count = 0;
-        for run in here.iter().chain(later).take_while(|run| run.start <= end) {
+        for run in self.runs_from(Place { run: first.run + taken, ..first }).take_while(|run| run.start <= end) {
             let rest = run.cut(end, u64::MAX);
             let continues = rest.as_ref().zip(new.as_ref()).is_some_and(|(rest, new)| new.at(end) == rest.value);
             if run.start == end && !continues {
@@ -234,27 +408,25 @@ impl<V: Linear> RunMap<V> {
     /// Puts the runs of `new` in the place of the `taken` ones from `first`.
     fn splice(&mut self, first: Place, mut taken: usize, new: [Option<Run<V>>; 3]) {
         if self.chunks.is_empty() {
-            self.chunks.push(Vec::new());
+            self.chunks.push(Chunk(Vec::new()));
         }
         let Some(chunk) = self.chunks.get_mut(first.chunk) else { return };
         let (mut at, mut last) = (first.run, None);
         for run in new.into_iter().flatten() {
             last = Some(run.start);
-            match chunk.get_mut(at).filter(|_| taken > 0) {
-                Some(old) => {
-                    *old = run;
-                    taken -= 1;
-                }
-                None => chunk.insert(at.min(chunk.len()), run),
+            if taken > 0 && at < chunk.len() {
+                chunk.put(at, run);
+                taken -= 1;
+            } else {
+                chunk.insert(at, run);
             }
             at += 1;
         }
         let here = taken.min(chunk.len().saturating_sub(at));
-        chunk.drain(at..at + here);
-        let size = chunk.len();
+        chunk.remove(at, here);
         self.take_from_next(first.chunk, taken - here);
         self.raise_fence(first.chunk, last);
-        self.balance(first.chunk, size);
+        self.balance(first.chunk);
     }
 
     /// Takes `count` runs away from the chunks after `chunk`.
@@ -262,7 +434,7 @@ impl<V: Linear> RunMap<V> {
         let mut whole = 0;
         for next in self.chunks.iter_mut().skip(chunk + 1) {
             if count < next.len() {
-                next.drain(..count);
+                next.remove(0, count);
                 break;
             }
             count -= next.len();
@@ -279,12 +451,13 @@ impl<V: Linear> RunMap<V> {
         if let (Some(fence), Some(last)) = (self.fences.get_mut(chunk), last)
             && *fence <= last
         {
-            *fence = self.chunks.get(chunk + 1).and_then(|next| next.first()).map_or(*fence, |run| run.start);
+            *fence = self.chunks.get(chunk + 1).and_then(|next| next.0.first()).map_or(*fence, |run| run.start);
         }
     }
 
-    /// Splits `chunk`, which has `size` runs, or joins it with the next, or drops it.
-    fn balance(&mut self, chunk: usize, size: usize) {
+    /// Splits `chunk`, or joins it with the next, or drops it.
+    fn balance(&mut self, chunk: usize) {
+        let size = self.chunks.get(chunk).map_or(0, Chunk::len);
         if size > FULL {
             self.split(chunk);
         } else if size == 0 {
@@ -297,7 +470,7 @@ impl<V: Linear> RunMap<V> {
             let next = self.chunks.remove(chunk + 1);
             self.fences.remove(chunk);
             if let Some(runs) = self.chunks.get_mut(chunk) {
-                runs.extend(next);
+                runs.0.extend(next.0);
             }
         }
     }
@@ -305,180 +478,10 @@ impl<V: Linear> RunMap<V> {
     fn split(&mut self, chunk: usize) {
         // Maps are often filled in ascending order: leave the chunks full that no one comes back to.
         let keep = if chunk + 1 == self.chunks.len() { FULL } else { FULL / 2 };
-        let Some(upper) = self.chunks.get_mut(chunk).map(|runs| runs.split_off(keep)) else { return };
+        let Some(upper) = self.chunks.get_mut(chunk).map(|runs| runs.0.split_off(keep)) else { return };
         if let Some(first) = upper.first() {
             self.fences.insert(chunk, first.start);
-            self.chunks.insert(chunk + 1, upper);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use alloc::vec::Vec;
-    use proptest::prelude::*;
-
-    #[derive(Clone, PartialEq, Eq, Debug)]
-    enum Value {
-        Constant(u8),
-        Moving(u64),
-    }
-
-    impl Linear for Value {
-        fn advance(&self, pages: u64) -> Self {
-            match self {
-                Self::Constant(c) => Self::Constant(*c),
-                Self::Moving(base) => Self::Moving(base + pages),
-            }
-        }
-    }
-
-    fn check_chunks(map: &RunMap<Value>) -> Result<(), TestCaseError> {
-        prop_assert_eq!(map.fences.len() + 1, map.chunks.len().max(1));
-        for (chunk, runs) in map.chunks.iter().enumerate() {
-            prop_assert!(!runs.is_empty() && runs.len() <= FULL);
-            let above = map.fences.get(chunk).is_none_or(|fence| runs.iter().all(|run| run.start < *fence));
-            let below = chunk == 0 || runs.iter().all(|run| run.start >= map.fences[chunk - 1]);
-            prop_assert!(above && below, "fences do not separate: {:?}", map);
-        }
-        let runs: Vec<_> = map.chunks.iter().flatten().collect();
-        for pair in runs.windows(2) {
-            prop_assert!(
-                pair[0].end() < pair[1].start
-                    || pair[0].end() == pair[1].start && pair[0].at(pair[1].start) != pair[1].value
-            );
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn continuing_runs_become_one() {
-        let mut map = RunMap::new();
-        map.insert(10, 5, Value::Moving(100));
-        map.insert(20, 5, Value::Moving(110));
-        map.insert(15, 5, Value::Moving(105));
-        assert_eq!(map.iter().collect::<Vec<_>>(), [(10, 15, &Value::Moving(100))]);
-    }
-
-    #[test]
-    fn replacing_the_middle_of_a_run_keeps_its_sides() {
-        let mut map = RunMap::new();
-        map.insert(0, 10, Value::Moving(100));
-        map.insert(4, 2, Value::Constant(1));
-        let runs: Vec<_> = map.runs(3, 5).collect();
-        assert_eq!(runs, [(3, 1, Value::Moving(103)), (4, 2, Value::Constant(1)), (6, 2, Value::Moving(106))]);
-        map.insert(4, 2, Value::Moving(104));
-        assert_eq!(map.run_count(), 1);
-    }
-
-    #[test]
-    fn ranges_end_with_the_page_numbers() {
-        let mut map = RunMap::new();
-        map.insert(u64::MAX - 2, 9, Value::Constant(1));
-        assert_eq!(map.iter().collect::<Vec<_>>(), [(u64::MAX - 2, 2, &Value::Constant(1))]);
-        assert_eq!((map.get(u64::MAX - 1), map.get(u64::MAX)), (Some(Value::Constant(1)), None));
-        map.insert(u64::MAX, 1, Value::Constant(2));
-        map.insert(0, u64::MAX, Value::Constant(1));
-        assert_eq!(map.runs(5, u64::MAX).collect::<Vec<_>>(), [(5, u64::MAX - 5, Value::Constant(1))]);
-        map.remove(1, u64::MAX);
-        assert_eq!(map.iter().collect::<Vec<_>>(), [(0, 1, &Value::Constant(1))]);
-    }
-
-    #[test]
-    fn no_pages_change_nothing() {
-        let mut map = RunMap::new();
-        map.insert(7, 0, Value::Constant(1));
-        assert!(map.is_empty());
-        map.insert(7, 3, Value::Constant(1));
-        map.insert(8, 0, Value::Constant(2));
-        map.remove(8, 0);
-        assert_eq!((map.run_count(), map.runs(8, 0).count()), (1, 0));
-    }
-
-    proptest! {
-        #[test]
-        fn queried_runs_are_cut_to_the_range(
-            inserts in prop::collection::vec((0u64..64, 1u64..12, 0u8..3), 0..20), start in 0u64..80, len in 0u64..40,
-        ) {
-            let mut map = RunMap::new();
-            let mut oracle: [Option<u8>; 128] = [None; 128];
-            for (at, n, value) in inserts {
-                map.insert(at, n, Value::Constant(value));
-                (at..at + n).for_each(|page| oracle[usize::try_from(page).unwrap()] = Some(value));
-            }
-            let got: Vec<(u64, Value)> =
-                map.runs(start, len).flat_map(|(at, n, value)| (at..at + n).map(move |page| (page, value.clone()))).collect();
-            let valued = |page| Some((page, Value::Constant(oracle[usize::try_from(page).unwrap()]?)));
-            prop_assert_eq!(got, (start..start + len).filter_map(valued).collect::<Vec<_>>());
-        }
-
-        #[test]
-        fn equal_contents_are_equal_maps(ops in prop::collection::vec((0u64..64, 1u64..12, 0u8..4), 0..30)) {
-            let mut map = RunMap::new();
-            for (at, n, kind) in ops {
-                if kind == 0 { map.remove(at, n) } else { map.insert(at, n, Value::Constant(kind)) }
-            }
-            let mut page_by_page = RunMap::new();
-            for page in (0..96).rev() {
-                if let Some(value) = map.get(page) { page_by_page.insert(page, 1, value) }
-            }
-            prop_assert_eq!(map, page_by_page);
-        }
-
-        /// The other tests fit into one chunk.
-        #[test]
-        fn many_chunks_agree_with_one_value_per_page(
-            stride in 1u64..4, ops in prop::collection::vec((0u64..2000, 0u64..600, 0u8..4, any::<bool>()), 1..40),
-        ) {
-            let mut map = RunMap::new();
-            let mut oracle: Vec<Option<Value>> = Vec::from_iter((0..2600).map(|_| None));
-            for page in (0..2000).step_by(usize::try_from(stride).unwrap()) {
-                let value = Value::Moving(page * 7 % 1001);
-                map.insert(page, 1, value.clone());
-                oracle[usize::try_from(page).unwrap()] = Some(value);
-            }
-            for (start, len, kind, insert) in ops {
-                let len = if kind < 3 { len % 4 } else { len };
-                let value = if kind == 0 { Value::Moving(start + 7) } else { Value::Constant(kind) };
-                if insert { map.insert(start, len, value.clone()) } else { map.remove(start, len) }
-                for page in start..start + len {
-                    oracle[usize::try_from(page).unwrap()] = insert.then(|| value.advance(page - start));
-                }
-                check_chunks(&map)?;
-            }
-            for (page, want) in oracle.iter().enumerate() {
-                prop_assert_eq!(&map.get(page as u64), want);
-            }
-            let mut rebuilt = RunMap::new();
-            for page in (0..2600).rev() {
-                if let Some(value) = &oracle[page] { rebuilt.insert(page as u64, 1, value.clone()) }
-            }
-            prop_assert_eq!(map, rebuilt);
-        }
-
-        #[test]
-        fn agrees_with_one_value_per_page(ops in prop::collection::vec((0u64..64, 0u64..20, 0u8..4, any::<bool>()), 1..60)) {
-            let mut map = RunMap::new();
-            let mut oracle: [Option<Value>; 96] = [const { None }; 96];
-            for (start, len, kind, insert) in ops {
-                let value = if kind == 0 { Value::Moving(start + 7) } else { Value::Constant(kind) };
-                if insert { map.insert(start, len, value.clone()) } else { map.remove(start, len) }
-                for page in start..start + len {
-                    oracle[usize::try_from(page).unwrap()] = insert.then(|| value.advance(page - start));
-                }
-                for (page, want) in oracle.iter().enumerate() {
-                    prop_assert_eq!(&map.get(page as u64), want);
-                }
-                let mut covered = 0;
-                let mut previous: Option<(u64, Value)> = None;
-                for (at, n, v) in map.runs(0, 96) {
-                    covered += n;
-                    if let Some((end, next)) = previous { prop_assert!(end != at || next != v, "runs not merged"); }
-                    previous = Some((at + n, v.advance(n)));
-                }
-                prop_assert_eq!(covered, oracle.iter().flatten().count() as u64);
-            }
+            self.chunks.insert(chunk + 1, Chunk(upper));
         }
     }
 }

@@ -293,6 +293,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
     fn only_a_runnable_rec_is_measured() {
         let empty = Rim::new(&params(HashAlgo::Sha256));
         let mut rim = empty;
@@ -303,6 +304,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
     fn contents_count_only_when_measured() {
         let empty = Rim::new(&params(HashAlgo::Sha512));
         let run = |flags, fill| {
@@ -326,6 +328,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
     fn the_callback_sees_every_running_value() {
         let mut seen = Vec::new();
         let end = measure(&params(HashAlgo::Sha256), ripas_entries(0, 0x3000), |_, rim| seen.push(*rim));

@@ -87,6 +87,7 @@ fn snp(ovmf: &Ovmf<'_>, boot: Option<BootHashes>, vcpus: u32, vcpu: VcpuReset) -
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "hashes much, in safe code only")]
 fn snp_guests_measure_as_the_reference_tool_says() {
     let image = image(&SECTIONS, &[]);
     let ovmf = Ovmf::parse(&image).unwrap();
@@ -109,6 +110,7 @@ fn snp_guests_measure_as_the_reference_tool_says() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "hashes much, in safe code only")]
 fn sev_guests_measure_as_the_reference_tool_says() {
     let image = image(&SECTIONS, &[]);
     let ovmf = &Ovmf::parse(&image).unwrap();
@@ -123,6 +125,7 @@ fn sev_guests_measure_as_the_reference_tool_says() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "hashes much, in safe code only")]
 fn an_svsm_guest_measures_as_the_reference_tool_says() {
     let (firmware, svsm) = (image(&SECTIONS, &[]), image(&SECTIONS[..3], &entry(&words(&[0x10]), SVSM_INFO)));
     let ovmf = &Ovmf::parse(&firmware).unwrap();
@@ -137,6 +140,7 @@ fn an_svsm_guest_measures_as_the_reference_tool_says() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "hashes much, in safe code only")]
 fn guests_without_a_measurement_say_why() {
     let qemu = vcpu(1, Vmm::Qemu);
     let measured = |sections: &[_], boot| {

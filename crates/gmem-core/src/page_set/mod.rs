@@ -3,29 +3,30 @@
 //!
 //! # Shape
 //!
-//! A radix tree of *branches* with 64 children over bitmap *words* of 64 pages. A child whose pages are all alike is
-//! two bits in its branch; so the size of the set costs nothing, and a range operation costs what its two edges cost,
-//! whether the range is 4 KiB or 1 TiB. The children of a branch are allocated together when the first of them becomes
-//! mixed.
+//! A tree of *branches*, whose children are two bits each where their pages are all alike, over *leaves* with one word of
+//! state for each 2 MiB block. That state says alone what the block's pages are if those in the set are one run (one odd
+//! page, the edge of a range, all, none); any other block has a bitmap. So the size of the set costs nothing, a range
+//! operation costs what its two edges cost, whether the range is 4 KiB or 1 TiB, and the state of a set with some odd
+//! pages in every block of 1 TiB still fits into a processor's caches: a query that has to wait for memory waits once.
 //!
-//! | node | memory covered | allocated for its 64 children |
+//! | node | memory covered | bytes |
 //! |---|---|---|
-//! | word | 256 KiB | |
-//! | branch of words | 16 MiB | 512 bytes |
-//! | branch of branches | 1 GiB, 64 GiB, 4 TiB, ... | 1536 bytes |
+//! | bitmap of a block, allocated by eights | 2 MiB | 64 |
+//! | leaf of 512 blocks | 1 GiB | 2568 |
+//! | branch of 64 leaves, for sets of up to 64 GiB | 64 GiB | 536 |
+//! | branch of 2048 leaves, for larger sets | 2 TiB | 16904 |
+//! | branch of 2048 branches | 4 PiB | 16904 |
 //!
-//! A 2 MiB block is 8 words, whose tags are 16 bits of one branch: whether the block is mixed, and what its pages are
-//! if it is not, is known without looking at a word.
-//!
-//! The depth follows from the capacity. Up to 64 pages the set is one word and never allocates. A larger set allocates
-//! where it becomes mixed: at worst, one mixed page in each 16 MiB or more, about 1/30,000 of the memory described
-//! (34 MiB for 1 TiB).
+//! The depth follows from the capacity, and nodes are allocated where a set becomes mixed. Up to 64 pages the set is one
+//! word, and up to 16 MiB it is eight block states; both need no allocation but that of bitmaps. At worst, one mixed page
+//! in each 1 GiB, a set takes 1/400,000 of the memory described; where every block needs its bitmap, 1/30,000 (35 MiB
+//! for 1 TiB).
 //!
 //! # Memory that is kept
 //!
 //! A node that becomes uniform again is found uniform at once, but stays allocated until the set is dropped: a reader
 //! may be inside, and a guest that converts a page back and forth should not allocate each time. A clone has no such
-//! spare nodes. [`PageSet::heap_bytes`] counts them.
+//! spare nodes, and no bitmap of a block that needs none. [`PageSet::heap_bytes`] counts them.
 //!
 //! # Readers and the writer
 //!
@@ -39,18 +40,19 @@
 //! keep their value all the time. The truth at a moment is what a descent would find if nothing moved meanwhile. The
 //! argument, for a reader that descends from the root:
 //!
-//! 1. A node's tag for a child (uniform with a value, or mixed) is read by one load, and so is a page in a word. While
-//!    the node is attached, that is reachable by mixed tags only, what this load sees is true at that moment.
-//! 2. A node that the reader is in may be detached by the writer: an ancestor's tag becomes uniform. Until it is
-//!    attached again it keeps the contents that it had at that moment, which lies after the reader passed the tag and
-//!    thus during the call. So what the reader sees there was true then.
-//! 3. Before a detached node is attached again it is reset to the value that the tag above it says. A reader that is
-//!    still inside sees the old contents (2), or the reset ones, which are what the tag says and hence true. Only then
-//!    does the tag become mixed.
+//! 1. A node's tag for a child (uniform with a value, or mixed) is read by one load, and so are the state of a block and a
+//!    page in a bitmap. While the node is attached, that is reachable by mixed tags only, what this load sees is true at
+//!    that moment. A bitmap is the child of its block's state in this sense: attached while the state says bitmap.
+//! 2. A node that the reader is in may be detached by the writer: an ancestor's tag becomes uniform, or a block a run.
+//!    Until it is attached again it keeps the contents that it had at that moment, which lies after the reader passed the
+//!    tag and thus during the call. So what the reader sees there was true then.
+//! 3. Before a detached node is attached again it is reset to what the tag above it says, and a bitmap to the run. A reader
+//!    that is still inside sees the old contents (2), or the reset ones, which are what the tag says and hence true. Only
+//!    then does the tag become mixed, and only then does a page change.
 //! 4. A child becomes uniform by single pages only after the last page has changed, so its tag then tells no more than
 //!    what is true already. A range that covers a child whole needs only the tag: that store is the moment of change.
 //!
-//! In terms of the memory model: every store of a tag or word is a Release and every load by a reader an Acquire, so
+//! In terms of the memory model: every store of a tag, state or word is a Release and every load by a reader an Acquire, so
 //! that having seen one change implies seeing all that the writer did before it (in 3: the reset before the mixed
 //! tag; for the caller: nothing that was ordered before a change can be missed after having seen it). The pointers to
 //! children are published likewise by `OnceBox`. Loads by the writer itself may be relaxed. On x86 all of them are
@@ -60,24 +62,29 @@
 //! pages may have had the reported values at different moments of the call. Whoever needs a snapshot excludes the
 //! writer or, as the fault path does, checks a sequence count afterwards.
 
+mod arc;
+mod branch;
+mod leaf;
 mod node;
 #[cfg(test)]
 mod tests;
 
+use branch::Branch;
 use core::fmt;
-use node::{Branch, Node, Span, Values, Word};
+use leaf::Leaf;
+use node::{Node, Span, Values, Word};
 
 /// The largest capacity: all pages of a byte address space of 64 bits.
 pub const MAX_PAGES: u64 = 1 << 52;
 
-type Pages12 = Branch<Word>;
-type Pages18 = Branch<Pages12>;
-type Pages24 = Branch<Pages18>;
-type Pages30 = Branch<Pages24>;
-type Pages36 = Branch<Pages30>;
-type Pages42 = Branch<Pages36>;
-type Pages48 = Branch<Pages42>;
-type Pages54 = Branch<Pages48>;
+type Pages12 = Leaf<8, 1>;
+type Pages18 = Leaf<512, 64>;
+type Pages24 = Branch<Pages18, 64, 2>;
+type Pages29 = Branch<Pages18, 2048, 64>;
+type Pages40 = Branch<Pages29, 2048, 64>;
+type Pages52 = Branch<Pages40, 4096, 128>;
+/// Holds a large node, once it is needed.
+type Lazy<N> = Branch<N, 1, 1>;
 
 /// The depth is part of the type, so that a descent is straight code without a loop. Named by the base-2 logarithm of
 /// the pages below.
@@ -85,13 +92,11 @@ type Pages54 = Branch<Pages48>;
 enum Root {
     Pages6(Word),
     Pages12(Pages12),
-    Pages18(Pages18),
-    Pages24(Pages24),
-    Pages30(Pages30),
-    Pages36(Pages36),
-    Pages42(Pages42),
-    Pages48(Pages48),
-    Pages54(Pages54),
+    Pages18(Lazy<Pages18>),
+    Pages24(Lazy<Pages24>),
+    Pages29(Lazy<Pages29>),
+    Pages40(Lazy<Pages40>),
+    Pages52(Lazy<Pages52>),
 }
 
 /// Evaluates the same expression for whatever depth the root has.
@@ -102,11 +107,9 @@ macro_rules! at_root {
             Root::Pages12($node) => $body,
             Root::Pages18($node) => $body,
             Root::Pages24($node) => $body,
-            Root::Pages30($node) => $body,
-            Root::Pages36($node) => $body,
-            Root::Pages42($node) => $body,
-            Root::Pages48($node) => $body,
-            Root::Pages54($node) => $body,
+            Root::Pages29($node) => $body,
+            Root::Pages40($node) => $body,
+            Root::Pages52($node) => $body,
         }
     };
 }
@@ -118,13 +121,16 @@ impl Root {
             7..=12 => Self::Pages12(Node::uniform(initial)),
             13..=18 => Self::Pages18(Node::uniform(initial)),
             19..=24 => Self::Pages24(Node::uniform(initial)),
-            25..=30 => Self::Pages30(Node::uniform(initial)),
-            31..=36 => Self::Pages36(Node::uniform(initial)),
-            37..=42 => Self::Pages42(Node::uniform(initial)),
-            43..=48 => Self::Pages48(Node::uniform(initial)),
-            _ => Self::Pages54(Node::uniform(initial)),
+            25..=29 => Self::Pages29(Node::uniform(initial)),
+            30..=40 => Self::Pages40(Node::uniform(initial)),
+            _ => Self::Pages52(Node::uniform(initial)),
         }
     }
+}
+
+/// The last page of a tree.
+fn last_of<N: Node>(_: &N) -> u64 {
+    (1 << N::SHIFT) - 1
 }
 
 /// A set of pages, keyed by raw page number, each either in the set (`true`) or not (`false`).
@@ -176,6 +182,11 @@ impl PageSet {
     pub fn set(&self, start: u64, len: u64, value: bool) {
         match self.inside(start, len) {
             None => {}
+            // The pages of the tree beyond the capacity always are as the last page is, so that a set that is uniform below
+            // its capacity is uniform as a tree.
+            Some(Span { first, last }) if last + 1 == self.pages => {
+                at_root!(&self.root, node => node.set(Span { first, last: last_of(node) }, value));
+            }
             Some(span) if span.first == span.last => {
                 // Above the root there is no tag to correct.
                 let _ = at_root!(&self.root, node => node.set_page(start, value));

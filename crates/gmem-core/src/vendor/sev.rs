@@ -303,6 +303,10 @@ impl Sev {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use alloc::vec;
+    use alloc::vec::Vec;
+    use proptest::prelude::*;
+    use sha2::{Digest, Sha256};
 
     const INVALID_STATE: Refusal = Refusal { cause: Cause::Invalid, status: Status::SevFirmware(2) };
 
@@ -371,5 +375,151 @@ mod tests {
         sev.unregister_region(region).unwrap();
         sev.destroy();
         assert_eq!(sev.register_region(region).unwrap_err().cause, Cause::VmDead);
+    }
+
+    /// What the firmware, KVM and the guest may ask, on 16 pages.
+    #[derive(Clone, Copy, Debug)]
+    enum Op {
+        Start,
+        Data(PfnRange, u8),
+        Vmsa(u8),
+        Measure,
+        Finish,
+        Register(PfnRange),
+        Unregister(PfnRange),
+        Tell(GfnRange, Side),
+        Guest(u64, Side, AccessKind),
+        Host(u64, AccessKind),
+        Zap(u64),
+        Reclaim(PfnRange),
+        Destroy,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let pages = || (0u64..16, 1u64..5).prop_map(|(at, len)| PfnRange::with_len(Pfn(at), len).unwrap());
+        let side = || prop_oneof![Just(Side::Private), Just(Side::Shared)];
+        let kind = || prop_oneof![Just(AccessKind::Load), Just(AccessKind::Store)];
+        prop_oneof![
+            2 => Just(Op::Start),
+            4 => (pages(), any::<u8>()).prop_map(|(pages, byte)| Op::Data(pages, byte)),
+            2 => any::<u8>().prop_map(Op::Vmsa),
+            1 => Just(Op::Measure),
+            1 => Just(Op::Finish),
+            2 => pages().prop_map(Op::Register),
+            2 => pages().prop_map(Op::Unregister),
+            2 => (0u64..16, side()).prop_map(|(gfn, side)| Op::Tell(GfnRange::page(Gfn(gfn)), side)),
+            4 => (0u64..16, side(), kind()).prop_map(|(pfn, side, kind)| Op::Guest(pfn, side, kind)),
+            4 => (0u64..16, kind()).prop_map(|(pfn, kind)| Op::Host(pfn, kind)),
+            1 => (0u64..16).prop_map(Op::Zap),
+            1 => pages().prop_map(Op::Reclaim),
+            1 => prop::bool::weighted(0.1).prop_map(|gone| if gone { Op::Destroy } else { Op::Measure }),
+        ]
+    }
+
+    /// The same VM, page by page and from the documents: a launch in four phases, the bytes that count, who wrote each
+    /// page last through the key, what the VMM was told.
+    #[derive(Default)]
+    struct Naive {
+        phase: u8,
+        measured: Vec<u8>,
+        encrypted: [bool; 24],
+        told_shared: [bool; 16],
+        pinned: Vec<PfnRange>,
+        destroyed: bool,
+    }
+
+    fn index(page: u64) -> usize {
+        usize::try_from(page).unwrap()
+    }
+
+    impl Naive {
+        fn step(&mut self, kind: SevKind, op: Op) -> bool {
+            match op {
+                Op::Start if self.phase == 0 => self.phase = 1,
+                Op::Data(pages, byte) if self.phase == 1 => {
+                    self.measured.extend([byte; 32]);
+                    pages.pages().for_each(|pfn| self.encrypted[index(pfn.0)] = true);
+                }
+                Op::Vmsa(byte) if self.phase == 1 && kind == SevKind::SevEs => self.measured.extend([byte; 4096]),
+                Op::Measure if self.phase == 1 || self.phase == 2 => self.phase = 2,
+                Op::Finish if self.phase == 2 => self.phase = 3,
+                Op::Register(pages) if !self.destroyed => {
+                    self.pinned.retain(|pinned| *pinned != pages);
+                    self.pinned.push(pages);
+                }
+                Op::Unregister(pages) if self.pinned.contains(&pages) => self.pinned.retain(|pinned| *pinned != pages),
+                Op::Tell(gfns, side) if !self.destroyed => {
+                    gfns.pages().for_each(|gfn| self.told_shared[index(gfn.0)] = side == Side::Shared);
+                }
+                Op::Guest(pfn, side, AccessKind::Store) => self.encrypted[index(pfn)] = side == Side::Private,
+                Op::Reclaim(pages) => pages.pages().for_each(|pfn| self.encrypted[index(pfn.0)] = false),
+                Op::Destroy => {
+                    self.destroyed = true;
+                    self.pinned.clear();
+                }
+                Op::Guest(..) | Op::Host(..) | Op::Zap(_) => {}
+                _ => return false,
+            }
+            true
+        }
+    }
+
+    fn apply(sev: &mut Sev, op: Op) -> bool {
+        let at = |pfn, side| Mapping { gfn: Gfn(pfn), pfn: Pfn(pfn), level: Level::Page4K, side };
+        match op {
+            Op::Start => sev.launch_start().is_ok(),
+            Op::Data(pages, byte) => sev.launch_update_data(pages, &[byte; 32]).is_ok(),
+            Op::Vmsa(byte) => sev.launch_update_vmsa(&[byte; 4096]).is_ok(),
+            Op::Measure => sev.launch_measure().is_ok(),
+            Op::Finish => sev.finalize().is_ok(),
+            Op::Register(pages) => sev.register_region(pages).is_ok(),
+            Op::Unregister(pages) => sev.unregister_region(pages).is_ok(),
+            Op::Tell(gfns, side) => sev.convert(gfns, side).is_ok(),
+            Op::Guest(pfn, side, kind) => sev.guest_access(at(pfn, side), kind) == GuestOutcome::Done,
+            Op::Host(pfn, kind) => {
+                let _ = sev.host_access(Pfn(pfn), kind);
+                true
+            }
+            Op::Zap(pfn) => sev.unmap(at(pfn, Side::Shared)) == Contents::Kept,
+            Op::Reclaim(pages) => {
+                let _ = sev.reclaim(pages);
+                true
+            }
+            Op::Destroy => {
+                sev.destroy();
+                true
+            }
+        }
+    }
+
+    fn agrees(sev: &mut Sev, naive: &Naive) -> Result<(), TestCaseError> {
+        let phases = [SevState::Init, SevState::LaunchUpdate, SevState::LaunchSecret, SevState::Running];
+        prop_assert_eq!((sev.state(), sev.is_dead()), (phases[usize::from(naive.phase)], naive.destroyed));
+        prop_assert_eq!(sev.launch_digest(), <[u8; 32]>::from(Sha256::digest(&naive.measured)));
+        prop_assert_eq!(sev.pinned.len(), naive.pinned.len());
+        for page in 0..16 {
+            let read = if naive.encrypted[index(page)] { HostOutcome::Ciphertext } else { HostOutcome::Plain };
+            prop_assert_eq!(sev.host_access(Pfn(page), AccessKind::Load), read, "page {}", page);
+            let told = if naive.told_shared[index(page)] { Side::Shared } else { Side::Private };
+            prop_assert_eq!(sev.tracked_side(Gfn(page)), told);
+        }
+        Ok(())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 256 }))]
+
+        #[test]
+        fn random_commands_agree_with_a_model_of_pages(es: bool, ops in prop::collection::vec(op(), 1..60)) {
+            let kind = if es { SevKind::SevEs } else { SevKind::Sev };
+            let (mut sev, mut naive) = (Sev::new(kind), Naive::default());
+            for op in ops {
+                let before = sev.clone();
+                let done = apply(&mut sev, op);
+                prop_assert_eq!(done, naive.step(kind, op), "{:?}", op);
+                prop_assert!(done || sev == before, "{:?} was refused and changed something", op);
+                agrees(&mut sev, &naive)?;
+            }
+        }
     }
 }

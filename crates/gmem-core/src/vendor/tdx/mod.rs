@@ -19,6 +19,7 @@
 //! with [`NotModelled`]: leaves of migration, of service TDs and of metadata access. TDs have no L2 guests, so a version 1
 //! leaf acts on the L1 table alone. The migration states exist in the tables; the migration epoch of REMOVED does not.
 
+mod command;
 mod commands;
 mod guest;
 pub mod pamt;
@@ -39,7 +40,7 @@ use status::TdxStatus;
 use tables::OpState;
 use tracking::{Tracking, VcpuError};
 
-pub use commands::{Command, NotModelled};
+pub use command::{Command, NotModelled};
 pub use guest::{Accepted, EptViolation};
 
 /// An operand that names no page: all ones.

@@ -1,0 +1,361 @@
+//! The least time that an operation takes: of many short batches, the fastest. Other work on the machine can disturb most
+//! of the batches and hardly all of them, so these numbers mean something on a busy machine too. The tables in `docs/` are
+//! made of them; the other benches show distributions.
+//!
+//! `cargo bench -p gmem-core --bench least -- WORD` measures what has the word in its name.
+
+use gmem_core::Vm;
+use gmem_core::addr::{Gfn, Level, PAGE_SIZE, PageRange, Pfn, PfnRange};
+use gmem_core::arch::Arch;
+use gmem_core::file::FileFlags;
+use gmem_core::ops::{self, Claim, FileClaim, SetAttributes, SetRegion};
+use gmem_core::page_set::PageSet;
+use gmem_core::runs::{Linear, RunMap};
+use gmem_core::slot::SlotFlags;
+use gmem_core::vendor::Side;
+use gmem_core::vendor::cca::{Platform, RealmParams, Rmm, RmmVersion};
+use gmem_core::vendor::pkvm::{El2, VmHandle};
+use gmem_core::vendor::snp::guest::{Caller, Translation, Validation};
+use gmem_core::vendor::snp::rmp::{Asid, Rmp, RmpSize, RmpUpdate};
+use gmem_core::vendor::tdx::status::TdxStatus;
+use gmem_core::vendor::tdx::tables::OpState;
+use gmem_core::vendor::tdx::{PageInfo, Tdx};
+use gmem_core::vm::Rules;
+use std::hint::black_box;
+use std::time::Instant;
+
+const BATCHES: u32 = 400;
+const BATCH: u32 = 500;
+const TIB: u64 = 1 << 28;
+const PAGE: u64 = PAGE_SIZE;
+
+/// Prints the least time of one of the `commands` that a call of `run` is.
+fn least(name: &str, commands: u32, mut run: impl FnMut()) {
+    let wanted = std::env::args().skip(1).filter(|word| !word.starts_with('-')).all(|word| name.contains(&word));
+    if !wanted {
+        return;
+    }
+    let batch = |run: &mut dyn FnMut()| {
+        let start = Instant::now();
+        (0..BATCH).for_each(|_| run());
+        start.elapsed()
+    };
+    (0..4).for_each(|_| see(batch(&mut run)));
+    let best = (0..BATCHES).map(|_| batch(&mut run)).min().unwrap_or_default();
+    println!("| {name} | {:.1} ns |", best.as_nanos() as f64 / f64::from(BATCH * commands));
+}
+
+/// Looks at a result, and lets it go.
+fn see<T>(value: T) {
+    black_box(value);
+}
+
+/// Numbers below `limit`, without order.
+fn random(limit: u64) -> impl FnMut() -> u64 {
+    let mut state = 1u64;
+    move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 32) % limit
+    }
+}
+
+/// The page of a 2 MiB block that differs from the others.
+fn odd(block: u64) -> u64 {
+    block * 512 + (block * 7919 + 13) % 512
+}
+
+fn page_set() {
+    let set = PageSet::with_capacity(TIB, false);
+    let (mut page, mut block) = (random(TIB), random(TIB / 512));
+    least("set: look up, 1 TiB uniform", 1, || see(set.get(page())));
+    least("set: change and back, 1 TiB uniform", 2, || {
+        set.set(TIB / 2 + 77, 1, true);
+        set.set(TIB / 2 + 77, 1, false);
+    });
+    (0..TIB / 512).for_each(|block| set.set(odd(block), 1, true));
+    println!("one odd page in each 2 MiB of 1 TiB: {} bytes", set.heap_bytes());
+    least("set: look up, one odd page in each 2 MiB", 1, || see(set.get(page())));
+    least("set: clear the odd page of a block and set it", 2, || {
+        let page = odd(block());
+        set.set(page, 1, false);
+        set.set(page, 1, true);
+    });
+    least("set: set the page beside the odd page and clear it", 2, || {
+        let page = odd(block()) ^ 1;
+        set.set(page, 1, true);
+        set.set(page, 1, false);
+    });
+    (0..TIB).step_by(2).for_each(|page| set.set(page, 1, true));
+    println!("every other page of 1 TiB: {} bytes", set.heap_bytes());
+    let mut near = random(TIB / 64);
+    least("set: look up, every other page, within 16 GiB", 1, || see(set.get(near())));
+    least("set: look up, every other page", 1, || see(set.get(page())));
+    least("set: random pages to random values, within 16 GiB", 1, || {
+        let page = near();
+        set.set(page, 1, page & 2 != 0);
+    });
+    least("set: random pages to random values", 1, || {
+        let page = page();
+        set.set(page, 1, page & 2 != 0);
+    });
+}
+
+/// The most that memory allows where pages differ without any order: a bitmap.
+fn bitmap() {
+    let mut bits = vec![0u64; (TIB / 64) as usize];
+    let (mut page, mut near) = (random(TIB), random(TIB / 64));
+    (0..bits.len()).for_each(|word| bits[word] = word as u64 * 0x9e37_79b9_7f4a_7c15);
+    least("bitmap to compare with: look up, within 16 GiB", 1, || {
+        let page = near();
+        black_box(bits[(page / 64) as usize] >> (page % 64) & 1);
+    });
+    least("bitmap to compare with: look up", 1, || {
+        let page = page();
+        black_box(bits[(page / 64) as usize] >> (page % 64) & 1);
+    });
+    least("bitmap to compare with: random pages to random values", 1, || {
+        let page = page();
+        let word = &mut bits[(page / 64) as usize];
+        *word = (*word & !(1 << (page % 64))) | (page >> 1 & 1) << (page % 64);
+    });
+}
+
+fn set_attributes(vm: &mut Vm, start: u64, pages: u64, side: Side) {
+    let range = PageRange::with_len(Gfn(start), pages).expect("a range");
+    ops::run(&mut SetAttributes::new(range, side), vm, |_, _, action| see(action));
+}
+
+fn vm() {
+    let mut vm = Vm::new(Arch::SwProtected, Rules::default());
+    let file = vm.create_file(TIB * PAGE, 0, FileFlags::empty()).expect("valid");
+    let claim = Claim {
+        slot: 0,
+        flags: SlotFlags::GUEST_MEMFD.bits(),
+        guest_phys_addr: 0,
+        memory_size: TIB * PAGE,
+        userspace_addr: 0,
+        file: FileClaim::File(file),
+        guest_memfd_offset: 0,
+    };
+    ops::run(&mut SetRegion::new(claim), &mut vm, |_, _, _| {}).expect("valid");
+    set_attributes(&mut vm, 0, TIB, Side::Private);
+    let mut gfn = random(TIB);
+    least("vm: attribute, 1 TiB private", 1, || see(vm.attribute(Gfn(gfn()))));
+    least("vm: view, 1 TiB private", 1, || see(vm.view(Gfn(gfn()))));
+    (0..TIB / 512).for_each(|block| set_attributes(&mut vm, odd(block), 1, Side::Shared));
+    least("vm: attribute, one shared page in each 2 MiB", 1, || see(vm.attribute(Gfn(gfn()))));
+    least("vm: view, one shared page in each 2 MiB", 1, || see(vm.view(Gfn(gfn()))));
+    let mut side = Side::Private;
+    least("vm: convert a random page with a slot", 1, || {
+        side = side.other();
+        set_attributes(&mut vm, gfn(), 1, side);
+    });
+    for (name, start, pages) in [("1 TiB", 0, TIB), ("1 TiB but for its edges", 1, TIB - 2)] {
+        least(&format!("vm: make one, mark {name} private"), 1, || {
+            let mut vm = Vm::new(Arch::SwProtected, Rules::default());
+            set_attributes(&mut vm, start, pages, Side::Private);
+            black_box(&vm);
+        });
+    }
+}
+
+#[derive(Clone, PartialEq, Eq)]
+struct Mapped(u64);
+
+impl Linear for Mapped {
+    fn advance(&self, pages: u64) -> Self {
+        Self(self.0.wrapping_add(pages))
+    }
+}
+
+fn runs() {
+    let mut map = RunMap::new();
+    (0..100_000u64).for_each(|run| map.insert(run * 16, 8, Mapped(run << 32)));
+    let mut page = random(1_600_000);
+    least("runs: look up, of 100,000", 1, || see(map.get(page())));
+    least("runs: replace a page within a run, heal it", 2, || {
+        let run = page() / 16;
+        map.insert(run * 16 + 3, 1, Mapped(7));
+        map.insert(run * 16 + 3, 1, Mapped(run << 32).advance(3));
+    });
+    least("runs: extend a run by a page, cut it", 2, || {
+        let run = page() / 16;
+        map.insert(run * 16 + 8, 1, Mapped(run << 32).advance(8));
+        map.remove(run * 16 + 8, 1);
+    });
+}
+
+/// The guest page behind a host page: the same, or with neighbours swapped so that no two pages are one run.
+type Layout = fn(u64) -> u64;
+
+fn snp() {
+    const PAGES: u64 = 1 << 20;
+    let layouts: [(&str, Layout); 2] = [("one run", |pfn| pfn), ("a million runs", |pfn| pfn ^ 1)];
+    for (name, layout) in layouts {
+        let mut rmp = Rmp::new(PfnRange::with_len(Pfn(0), PAGES).expect("a range"));
+        let give = |rmp: &mut Rmp, pfn| {
+            let update = RmpUpdate::private(Gfn(layout(pfn)), RmpSize::Page4K, Asid(1), false);
+            rmp.rmpupdate(Pfn(pfn), update).expect("legal");
+        };
+        let validate = |rmp: &mut Rmp, pfn, to| {
+            let at = Translation { gfn: Gfn(layout(pfn)), pfn: Pfn(pfn), nested: Level::Page4K };
+            rmp.pvalidate(Caller::vmpl0(Asid(1)), at, RmpSize::Page4K, to).expect("legal");
+        };
+        (0..PAGES).for_each(|pfn| give(&mut rmp, pfn));
+        for (order, step) in [("in order", 1), ("scattered", 389_399)] {
+            let mut pfn = 0;
+            least(&format!("snp: RMPUPDATE, {name}, {order}"), 2, || {
+                pfn = (pfn + step) % PAGES;
+                rmp.rmpupdate(Pfn(pfn), RmpUpdate::shared(RmpSize::Page4K)).expect("legal");
+                give(&mut rmp, pfn);
+            });
+            least(&format!("snp: PVALIDATE, {name}, {order}"), 2, || {
+                pfn = (pfn + step) % PAGES;
+                validate(&mut rmp, pfn, Validation::Validate);
+                validate(&mut rmp, pfn, Validation::Rescind);
+            });
+        }
+    }
+}
+
+const SCATTERED: u64 = 16_384;
+const FREE_PAGE: u64 = 0x77_7700_0000;
+
+/// A TD of some gigabytes in which one entry of 128 is free; its pages are one run, or as many runs as pages.
+fn busy_td(contiguous: bool) -> Tdx {
+    let mut td = Tdx::default();
+    let mut table = 0x70_0000_0000;
+    let done = |status| assert_eq!(status, TdxStatus::SUCCESS);
+    for level in [3u8, 2, 1] {
+        for gpa in (0..SCATTERED << 13).step_by(1 << (12 + 9 * level)) {
+            done(td.sept_add(PageInfo::new(gpa, level), table, 0).status);
+            table += PAGE;
+        }
+    }
+    for n in 0..SCATTERED {
+        let page = if contiguous { n } else { n * 7919 % SCATTERED };
+        done(td.page_aug(PageInfo::new(n << 13, 0), page << 13).status);
+        if contiguous && n % 64 != 0 {
+            done(td.page_aug(PageInfo::new(n << 13 | PAGE, 0), page << 13 | PAGE).status);
+        }
+    }
+    td
+}
+
+fn free_entry(n: u64) -> PageInfo {
+    PageInfo::new((n * 7 % 256 * 64) << 13 | PAGE, 0)
+}
+
+fn tdx() {
+    for (name, contiguous) in [("contiguous", true), ("scattered", false)] {
+        let busy = busy_td(contiguous);
+        let mut n = 0;
+        least(&format!("tdx: SEPT.RD, {name}"), 1, || {
+            n += 1;
+            black_box(busy.sept_read(free_entry(n)));
+        });
+        let mut td = busy.clone();
+        least(&format!("tdx: PAGE.AUG, PAGE.REMOVE, {name}"), 2, || {
+            n += 1;
+            td.page_aug(free_entry(n), FREE_PAGE);
+            assert_eq!(td.page_remove(free_entry(n)).rcx, FREE_PAGE);
+        });
+        least(&format!("tdx: RANGE.BLOCK, RANGE.UNBLOCK, {name}"), 2, || {
+            n += 1;
+            let at = PageInfo::new((n * 7 % SCATTERED) << 13, 0);
+            assert_eq!(td.range_block(at).status, TdxStatus::SUCCESS);
+            black_box(td.range_unblock(at));
+        });
+        td.set_op_state(OpState::Runnable);
+        least(&format!("tdx: AUG, ACCEPT, BLOCK, TRACK, REMOVE, {name}"), 5, || {
+            n += 1;
+            let at = free_entry(n);
+            td.page_aug(at, FREE_PAGE);
+            black_box(td.page_accept(at));
+            td.range_block(at);
+            td.track();
+            assert_eq!(td.page_remove(at).rcx, FREE_PAGE);
+        });
+    }
+}
+
+const RD: u64 = PAGE;
+
+/// A realm whose first 2 MiB have a table, and 256 pages of it that are mapped.
+fn realm() -> Rmm {
+    let memory = PfnRange::new(Pfn(0), Pfn(1 << 20)).expect("a range");
+    let mut rmm = Rmm::new(RmmVersion::V1_0, Platform::fake_host(memory)).expect("the version that is modelled");
+    (1..1000).for_each(|granule| see(rmm.granule_delegate(granule * PAGE)));
+    let params = RealmParams {
+        flags: 0,
+        s2sz: 48,
+        sve_vl: 0,
+        num_bps: 1,
+        num_wps: 1,
+        pmu_num_ctrs: 0,
+        hash_algo: 0,
+        vmid: 1,
+        rtt_base: 2 * PAGE,
+        rtt_level_start: 0,
+        rtt_num_start: 1,
+    };
+    assert!(rmm.realm_create(RD, 2000 * PAGE, &params).is_success());
+    (1..=3u64).for_each(|level| assert!(rmm.rtt_create(RD, (2 + level) * PAGE, 0, level).is_success()));
+    (0..256).for_each(|page| assert!(rmm.data_create_unknown(RD, (100 + page) * PAGE, page * PAGE).is_success()));
+    rmm
+}
+
+fn cca() {
+    let mut rmm = realm();
+    least("cca: GRANULE_DELEGATE, UNDELEGATE", 2, || {
+        rmm.granule_delegate(3000 * PAGE);
+        black_box(rmm.granule_undelegate(3000 * PAGE));
+    });
+    least("cca: DATA_CREATE_UNKNOWN, DATA_DESTROY", 2, || {
+        rmm.data_create_unknown(RD, 900 * PAGE, 300 * PAGE);
+        black_box(rmm.data_destroy(RD, 300 * PAGE));
+    });
+    least("cca: DATA_DESTROY, DATA_CREATE_UNKNOWN within a run", 2, || {
+        rmm.data_destroy(RD, 128 * PAGE);
+        black_box(rmm.data_create_unknown(RD, 228 * PAGE, 128 * PAGE));
+    });
+    least("cca: RTT_READ_ENTRY", 1, || see(rmm.rtt_read_entry(RD, 77 * PAGE, 3)));
+    least("cca: RTT_CREATE, RTT_FOLD", 2, || {
+        rmm.rtt_create(RD, 950 * PAGE, 1 << 21, 3);
+        black_box(rmm.rtt_fold(RD, 1 << 21, 3));
+    });
+}
+
+fn pkvm() {
+    let vm = VmHandle(1);
+    let mut el2 = El2::new(PfnRange::with_len(Pfn(0), 1 << 30).expect("a range"));
+    el2.create_vm(vm);
+    for page in 0..256 {
+        el2.host_donate_guest(Pfn(1000 + page), Gfn(page), vm).expect("legal");
+    }
+    el2.host_share_guest(Pfn(4096), Gfn(4096), Level::Page2M, vm).expect("legal");
+    least("pkvm: host_donate_guest, host_reclaim_page_guest", 2, || {
+        el2.host_donate_guest(Pfn(9000), Gfn(9000), vm).expect("legal");
+        el2.host_reclaim_page_guest(Gfn(9000), vm).expect("legal");
+    });
+    least("pkvm: guest_share_host, guest_unshare_host", 2, || {
+        el2.guest_share_host(vm, Gfn(128)).expect("legal");
+        el2.guest_unshare_host(vm, Gfn(128)).expect("legal");
+    });
+    least("pkvm: host_share_hyp, host_unshare_hyp", 2, || {
+        el2.host_share_hyp(Pfn(77)).expect("legal");
+        el2.host_unshare_hyp(Pfn(77)).expect("legal");
+    });
+}
+
+fn main() {
+    println!("| operation | least time |\n|---|---|");
+    page_set();
+    bitmap();
+    vm();
+    runs();
+    snp();
+    tdx();
+    cca();
+    pkvm();
+}
