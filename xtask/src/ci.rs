@@ -30,7 +30,13 @@ const CHECKS: [Step; 6] =
     [("format", format), ("clippy", clippy), ("doc", doc), ("deny", deny), ("programs", programs), ("miri", miri)];
 
 /// What the tests under real kernels need: made here, in the open, and not in the middle of a test.
-const KERNELS: [Step; 3] = [("kernel stock", stock), ("kernel ref", reference), ("kernel selftests", kernel_selftests)];
+const KERNELS: [Step; 5] = [
+    ("kernel stock", stock),
+    ("kernel ref", reference),
+    ("kernel 7.3", newer),
+    ("selftests 6.12", selftests_6_12),
+    ("selftests 7.3", selftests_7_3),
+];
 
 /// The steps that may be left out even where CI is set: cargo-deny takes long to install, and Miri is part of a compiler that
 /// is not the one that gmem is built with.
@@ -149,9 +155,17 @@ fn reference() -> Result<()> {
     Ok(())
 }
 
-fn kernel_selftests() -> Result<()> {
-    selftests::build(Release::V6_12)?;
+fn newer() -> Result<()> {
+    kernels::obtain(Kernel::V7_3, None)?;
     Ok(())
+}
+
+fn selftests_6_12() -> Result<()> {
+    selftests::build(Release::V6_12).map(|_| ())
+}
+
+fn selftests_7_3() -> Result<()> {
+    selftests::build(Release::V7_3).map(|_| ())
 }
 
 /// All tests of the workspace, by nextest where it is installed.

@@ -86,6 +86,14 @@ fn selftests_of_private_memory_pass_under_gmem_on_stock() {
     succeeds(&[run.as_slice(), &[all.as_str()]].concat());
 }
 
+/// Without set_memory_region_test, which needs a fix of the host's: KVM of 6.12 lets a guest whose interrupt table is MMIO spin.
+#[test]
+fn newer_selftests_of_private_memory_pass_under_gmem_on_stock() {
+    let run =
+        ["selftests", "run", "--release", "7.3", "--under", "gmem", "--profile", "linux-7.3", "--hugepages", "512"];
+    succeeds(&[run.as_slice(), &["--passes", "10", "--filter", PRIVATE]].concat());
+}
+
 #[test]
 fn transcripts_under_gmem_on_stock_equal_those_of_ref() {
     succeeds(&["conform", "--seeds", "1..9"]);

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::Kernel;
+use crate::source::Release;
 use crate::under::{self, Gmem, Under};
 use crate::vm::Machine;
 
@@ -20,6 +21,7 @@ use crate::vm::Machine;
 #[command(after_help = "Examples:\n  \
     cargo xtask selftests run --under native,gmem --hugepages 512 --json target/selftests.json\n  \
     cargo xtask selftests run --kernel ref --under native --filter private_mem\n  \
+    cargo xtask selftests run --release 7.3 --under gmem --profile linux-7.3 --filter guest_memfd_test,private_mem\n  \
     cargo xtask selftests run --here --under gmem --filter guest_memfd_test")]
 pub(crate) struct Args {
     /// How the tests get private memory
@@ -45,8 +47,11 @@ pub(crate) struct Args {
     /// Write the results to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// A folder of built tests; those of the kernel's release without
-    #[arg(long, value_name = "FOLDER")]
+    /// The release whose tests are run; the kernel's without
+    #[arg(long, value_enum)]
+    release: Option<Release>,
+    /// A folder of built tests instead
+    #[arg(long, value_name = "FOLDER", conflicts_with = "release")]
     tests: Option<PathBuf>,
     #[command(flatten)]
     machine: Machine,
@@ -138,7 +143,7 @@ fn judge(args: &Args, outcomes: &[Outcome]) -> Result<ExitCode> {
 fn guest(args: &Args) -> Result<Vec<Outcome>> {
     let tests = match &args.tests {
         Some(folder) => fs::canonicalize(folder).with_context(|| format!("the folder {}", folder.display()))?,
-        None => super::build(args.kernel.release())?,
+        None => super::build(args.release.unwrap_or(args.kernel.release()))?,
     };
     let gmem = if args.under.contains(&Under::Gmem) { args.gmem.ready()? } else { args.gmem.clone() };
     let folder = tempfile::tempdir()?;
@@ -172,7 +177,7 @@ fn guest(args: &Args) -> Result<Vec<Outcome>> {
 fn here(args: &Args) -> Result<Vec<Outcome>> {
     let tests = match &args.tests {
         Some(folder) => folder.clone(),
-        None => super::build(args.kernel.release())?,
+        None => super::build(args.release.unwrap_or(args.kernel.release()))?,
     };
     let inside = args.tests.is_some();
     let gmem = if args.under.contains(&Under::Gmem) && !inside { args.gmem.ready()? } else { args.gmem.clone() };
