@@ -9,33 +9,12 @@ use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use crate::abi::{
+    CAP_DISABLE_QUIRKS2, CHECK_EXTENSION, CREATE_VCPU, CREATE_VM, ENABLE_CAP, EnableCap, GET_VCPU_MMAP_SIZE,
+    MemoryRegion, PRE_FAULT_MEMORY, PreFaultMemory, QUIRK_SLOT_ZAP_ALL, RUN, SET_USER_MEMORY_REGION,
+};
 use crate::sys;
 use crate::vcpu::RunArea;
-
-const CREATE_VM: u32 = 0xae01;
-const CHECK_EXTENSION: u32 = 0xae03;
-const GET_VCPU_MMAP_SIZE: u32 = 0xae04;
-const CREATE_VCPU: u32 = 0xae41;
-const ENABLE_CAP: u32 = 0x4068_aea3;
-const RUN: u32 = 0xae80;
-const SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
-const PRE_FAULT_MEMORY: u32 = 0xc040_aed5;
-
-/// A real memory slot.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(C)]
-pub struct Region {
-    /// Address space and number.
-    pub slot: u32,
-    /// `KVM_MEM_*`.
-    pub flags: u32,
-    /// Bytes.
-    pub guest_phys_addr: u64,
-    /// Bytes; 0 deletes the slot.
-    pub memory_size: u64,
-    /// Where the memory is.
-    pub userspace_addr: u64,
-}
 
 /// `KVM_CHECK_EXTENSION` on the system or a VM; 0 for what the kernel does not know.
 #[must_use]
@@ -78,23 +57,10 @@ pub fn create_vcpu(vm: BorrowedFd<'_>, id: usize) -> Result<OwnedFd, Errno> {
 ///
 /// # Errors
 /// The kernel's.
-pub fn set_region(vm: BorrowedFd<'_>, region: &Region) -> Result<(), Errno> {
+pub fn set_region(vm: BorrowedFd<'_>, region: &MemoryRegion) -> Result<(), Errno> {
     // SAFETY: the kernel only reads the structure, which lives until the call returns.
     unsafe { sys::ioctl(vm, SET_USER_MEMORY_REGION, (&raw const *region).addr()) }.map(|_| ())
 }
-
-/// `struct kvm_enable_cap`
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-struct EnableCap {
-    cap: u32,
-    flags: u32,
-    args: [u64; 4],
-    pad: [u8; 64],
-}
-
-/// `KVM_X86_QUIRK_SLOT_ZAP_ALL`: deleting a slot throws the whole stage-2 away.
-const SLOT_ZAP_ALL: u64 = 1 << 7;
 
 /// Disables `quirks` of a VM by `KVM_CAP_DISABLE_QUIRKS2`, and with them, where the host has it, the quirk that protected
 /// types do not have: after it has struck, a prefault spins until the vCPU has run (seen on 6.12).
@@ -102,13 +68,12 @@ const SLOT_ZAP_ALL: u64 = 1 << 7;
 /// # Errors
 /// The kernel's.
 pub fn disable_quirks(vm: BorrowedFd<'_>, quirks: u64) -> Result<(), Errno> {
-    const DISABLE_QUIRKS2: u32 = 213;
-    let known = u64::try_from(check_extension(vm, DISABLE_QUIRKS2)).unwrap_or(0);
-    let quirks = quirks | (known & SLOT_ZAP_ALL);
+    let known = u64::try_from(check_extension(vm, CAP_DISABLE_QUIRKS2)).unwrap_or(0);
+    let quirks = quirks | (known & QUIRK_SLOT_ZAP_ALL);
     if quirks == 0 {
         return Ok(());
     }
-    let claim = EnableCap { cap: DISABLE_QUIRKS2, flags: 0, args: [quirks, 0, 0, 0], pad: [0; 64] };
+    let claim = EnableCap { cap: CAP_DISABLE_QUIRKS2, flags: 0, args: [quirks, 0, 0, 0], pad: [0; 64] };
     // SAFETY: the kernel only reads the structure, which lives until the call returns.
     unsafe { sys::ioctl(vm, ENABLE_CAP, (&raw const claim).addr()) }.map(|_| ())
 }
@@ -127,10 +92,10 @@ pub fn run(vcpu: BorrowedFd<'_>) -> Result<i32, Errno> {
 /// # Errors
 /// The kernel's; ENOTTY or EINVAL where it has no such call.
 pub fn pre_fault(vcpu: BorrowedFd<'_>, gpa: u64, size: u64) -> Result<(u64, u64), Errno> {
-    let mut range = [gpa, size, 0, 0, 0, 0, 0, 0];
-    // SAFETY: the kernel reads and writes the 64 bytes of `range`.
-    unsafe { sys::ioctl(vcpu, PRE_FAULT_MEMORY, range.as_mut_ptr().addr()) }?;
-    Ok((range[0], range[1]))
+    let mut range = PreFaultMemory { gpa, size, flags: 0, padding: [0; 5] };
+    // SAFETY: the kernel reads and writes `range`, which has the size in the call's number.
+    unsafe { sys::ioctl(vcpu, PRE_FAULT_MEMORY, (&raw mut range).addr()) }?;
+    Ok((range.gpa, range.size))
 }
 
 /// A mapping of a vCPU's shared pages (`struct kvm_run`), unmapped on drop.

@@ -3,6 +3,7 @@
 //! This crate knows how, never what or when: policy is in `gmem-core` and `gmem-uapi`. Its unsafe code is about address
 //! space that it reserved itself or that a client declared to be guest memory.
 
+pub mod abi;
 pub mod address_space;
 pub mod backing;
 pub mod client;

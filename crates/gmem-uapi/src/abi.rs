@@ -1,35 +1,26 @@
-//! Numbers and layouts of the uAPI (`include/uapi/linux/kvm.h`), little endian, naturally aligned.
+//! Numbers and layouts of the uAPI (`include/uapi/linux/kvm.h`), little endian, naturally aligned: those that gmem answers, and
+//! those that it asks the host for itself.
 
+pub use gmem_host::abi::{
+    CHECK_EXTENSION, CREATE_VCPU, CREATE_VM, ENABLE_CAP, EnableCap, MemoryRegion, PRE_FAULT_MEMORY, PreFaultMemory,
+    RUN, SET_USER_MEMORY_REGION,
+};
 use gmem_host::sys;
 use rustix::io::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// `KVM_CREATE_VM`
-pub const CREATE_VM: u32 = 0xae01;
-/// `KVM_CHECK_EXTENSION`
-pub const CHECK_EXTENSION: u32 = 0xae03;
-/// `KVM_CREATE_VCPU`
-pub const CREATE_VCPU: u32 = 0xae41;
-/// `KVM_RUN`
-pub const RUN: u32 = 0xae80;
-/// `KVM_ENABLE_CAP`
-pub const ENABLE_CAP: u32 = 0x4068_aea3;
 /// `KVM_SET_REGS`
 pub const SET_REGS: u32 = 0x4090_ae82;
 /// `KVM_SET_SREGS`
 pub const SET_SREGS: u32 = 0x4138_ae84;
 /// `KVM_SET_SREGS2`
 pub const SET_SREGS2: u32 = 0x4140_aecd;
-/// `KVM_SET_USER_MEMORY_REGION`
-pub const SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
 /// `KVM_SET_USER_MEMORY_REGION2`
 pub const SET_USER_MEMORY_REGION2: u32 = 0x40a0_ae49;
 /// `KVM_SET_MEMORY_ATTRIBUTES`
 pub const SET_MEMORY_ATTRIBUTES: u32 = 0x4020_aed2;
 /// `KVM_CREATE_GUEST_MEMFD`
 pub const CREATE_GUEST_MEMFD: u32 = 0xc040_aed4;
-/// `KVM_PRE_FAULT_MEMORY`
-pub const PRE_FAULT_MEMORY: u32 = 0xc040_aed5;
 
 /// Whether `request` is one of KVM's (type byte 0xae).
 #[must_use]
@@ -42,7 +33,7 @@ pub mod cap {
     /// `KVM_CAP_DISABLE_QUIRKS`
     pub const DISABLE_QUIRKS: u32 = 116;
     /// `KVM_CAP_DISABLE_QUIRKS2`
-    pub const DISABLE_QUIRKS2: u32 = 213;
+    pub use gmem_host::abi::CAP_DISABLE_QUIRKS2 as DISABLE_QUIRKS2;
     /// `KVM_CAP_MULTI_ADDRESS_SPACE`
     pub const MULTI_ADDRESS_SPACE: u32 = 118;
     /// `KVM_CAP_USER_MEMORY2`
@@ -63,22 +54,6 @@ pub mod cap {
 
 /// `KVM_MEMORY_ATTRIBUTE_PRIVATE`
 pub const ATTRIBUTE_PRIVATE: u64 = 1 << 3;
-
-/// `struct kvm_userspace_memory_region`
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
-#[repr(C)]
-pub struct MemoryRegion {
-    /// Address space and number.
-    pub slot: u32,
-    /// `KVM_MEM_*`.
-    pub flags: u32,
-    /// Bytes.
-    pub guest_phys_addr: u64,
-    /// Bytes.
-    pub memory_size: u64,
-    /// Address in the VMM.
-    pub userspace_addr: u64,
-}
 
 /// `struct kvm_userspace_memory_region2`
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -122,34 +97,6 @@ pub struct CreateGuestMemfd {
     pub reserved: [u64; 6],
 }
 
-/// `struct kvm_pre_fault_memory`
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
-#[repr(C)]
-pub struct PreFaultMemory {
-    /// Bytes; advanced.
-    pub gpa: u64,
-    /// Bytes; reduced.
-    pub size: u64,
-    /// Must be 0.
-    pub flags: u64,
-    /// Not checked by the kernel.
-    pub padding: [u64; 5],
-}
-
-/// `struct kvm_enable_cap`
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
-#[repr(C)]
-pub struct EnableCap {
-    /// Number.
-    pub cap: u32,
-    /// Must be 0.
-    pub flags: u32,
-    /// Of the capability.
-    pub args: [u64; 4],
-    /// Not looked at.
-    pub pad: [u8; 64],
-}
-
 /// Copies a structure that a client points to.
 ///
 /// # Errors
@@ -178,11 +125,8 @@ mod tests {
         fn size_in(request: u32) -> usize {
             (request >> 16 & 0x3fff) as usize
         }
-        assert_eq!(size_of::<EnableCap>(), size_in(ENABLE_CAP));
-        assert_eq!(size_of::<MemoryRegion>(), size_in(SET_USER_MEMORY_REGION));
         assert_eq!(size_of::<MemoryRegion2>(), size_in(SET_USER_MEMORY_REGION2));
         assert_eq!(size_of::<MemoryAttributes>(), size_in(SET_MEMORY_ATTRIBUTES));
         assert_eq!(size_of::<CreateGuestMemfd>(), size_in(CREATE_GUEST_MEMFD));
-        assert_eq!(size_of::<PreFaultMemory>(), size_in(PRE_FAULT_MEMORY));
     }
 }

@@ -11,9 +11,11 @@ use gmem_core::Vm;
 use gmem_core::addr::{Gfn, GfnRange};
 use gmem_core::slot::SlotId;
 use gmem_core::vendor::Side;
-use gmem_host::kvm::{self, Region};
+use gmem_host::kvm;
 use gmem_host::window::Window;
 use rustix::fd::BorrowedFd;
+
+use crate::abi::MemoryRegion;
 
 /// Guards at a time; a guest whose memory is private in more places than this without slots is none that runs.
 const MOST: usize = 256;
@@ -85,9 +87,9 @@ impl Guards {
     }
 }
 
-fn region(number: u16, gfns: GfnRange, memory_size: u64, userspace_addr: u64) -> Region {
+fn region(number: u16, gfns: GfnRange, memory_size: u64, userspace_addr: u64) -> MemoryRegion {
     let guest_phys_addr = gfns.start().gpa();
-    Region { slot: u32::from(number), flags: 0, guest_phys_addr, memory_size, userspace_addr }
+    MemoryRegion { slot: u32::from(number), flags: 0, guest_phys_addr, memory_size, userspace_addr }
 }
 
 /// The private parts of `range` that have no slot.

@@ -16,13 +16,13 @@ use gmem_core::vm::{Rules, View};
 use gmem_host::address_space::AddressSpace;
 use gmem_host::backing::Backing;
 use gmem_host::client::ClientMemory;
-use gmem_host::kvm::{self, Region};
+use gmem_host::kvm;
 use gmem_host::maps::Maps;
 use gmem_host::window::{Backings, Shows, Window};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 
-use crate::abi::{self, MemoryAttributes};
+use crate::abi::{self, MemoryAttributes, MemoryRegion};
 use crate::errno;
 use crate::guard::Guards;
 use crate::profile::Profile;
@@ -375,8 +375,8 @@ impl VmObject {
     }
 }
 
-fn real_region(claim: &Claim, userspace_addr: u64) -> Region {
-    Region {
+fn real_region(claim: &Claim, userspace_addr: u64) -> MemoryRegion {
+    MemoryRegion {
         slot: claim.slot,
         flags: claim.flags & !SlotFlags::GUEST_MEMFD.bits(),
         guest_phys_addr: claim.guest_phys_addr,
