@@ -11,7 +11,7 @@ use gmem_core::vendor::Side;
 use gmem_core::vm::View;
 use gmem_host::kvm::{self, RunMapping};
 use gmem_host::sys::{self, SignalsBlocked};
-use gmem_host::vcpu::{self, GuestView, Mmio, PendingWrite, RunArea};
+use gmem_host::vcpu::{self, GuestView, Mmio, PendingWrite, Progress, RunArea};
 use gmem_host::window::Shows;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
@@ -33,10 +33,19 @@ pub(crate) struct VcpuObject {
     /// A write that the host's KVM has taken out of the guest and that has not reached memory.
     pending: Mutex<Option<PendingWrite>>,
     has_pending: AtomicBool,
-    /// The client is emulating a read, which KVM finishes when the vCPU runs again: what it still has to write belongs to the
-    /// same instruction, and its emulator takes a page that it may not write for a device.
-    emulating: AtomicBool,
+    /// What the client was last given to emulate, and no other exit has come since.
+    emulating: Mutex<Emulating>,
     host_prefaults: bool,
+}
+
+/// An access that the client emulates as a device's. KVM finishes its instruction when the vCPU runs again: what that still has
+/// to access its emulator takes for a device's, too, where there is nothing to access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Emulating {
+    Nothing,
+    Read,
+    /// A write up to this address, and where the vCPU stood then if that is the end of a page, over which it may go on.
+    Write(u64, Option<Progress>),
 }
 
 /// How `KVM_RUN` goes on after the host's KVM came back.
@@ -56,7 +65,8 @@ impl VcpuObject {
     ) -> Result<Self, Errno> {
         let fd = kvm::hidden_copy(fd)?;
         let mapping = RunMapping::new(kvm, fd.as_fd())?;
-        let (pending, has_pending, emulating) = (Mutex::new(None), AtomicBool::new(false), AtomicBool::new(false));
+        let (pending, has_pending) = (Mutex::new(None), AtomicBool::new(false));
+        let emulating = Mutex::new(Emulating::Nothing);
         Ok(Self { fd, mapping, vm, pending, has_pending, emulating, host_prefaults })
     }
 
@@ -97,7 +107,7 @@ impl VcpuObject {
         if let Some(mmio) = run.mmio() {
             return self.after_mmio(value, &mmio);
         }
-        self.emulating.store(false, Ordering::Relaxed);
+        *lock(&self.emulating) = Emulating::Nothing;
         if run.is_emulation_failure() && self.has_private_memory() {
             return self.after_failed_emulation(value);
         }
@@ -119,8 +129,8 @@ impl VcpuObject {
 
     fn after_mmio(&self, value: i32, mmio: &Mmio) -> Next {
         let gfn = Gfn::of_gpa(mmio.gpa);
-        let device = self.is_device(gfn, mmio.is_write);
-        self.emulating.store(device, Ordering::Relaxed);
+        let device = self.is_device(gfn, mmio.is_write) && !self.is_new_write(gfn, mmio);
+        *lock(&self.emulating) = if device { self.emulated(mmio) } else { Emulating::Nothing };
         if device {
             return Next::Return(Ok(value));
         }
@@ -155,7 +165,31 @@ impl VcpuObject {
             View::FilePage { .. } => false,
             // Such an access faults, over a guard. KVM takes the frame for a device only in the middle of an instruction that
             // the client emulates anyway, or in the moment before the guard was there.
-            View::Unbacked(_) => self.emulating.load(Ordering::Relaxed),
+            View::Unbacked(_) => *lock(&self.emulating) != Emulating::Nothing,
+        }
+    }
+
+    fn emulated(&self, mmio: &Mmio) -> Emulating {
+        let end = mmio.gpa.wrapping_add(u64::from(mmio.len));
+        match mmio.is_write {
+            true if end.is_multiple_of(PAGE_SIZE) => Emulating::Write(end, vcpu::progress(self.fd.as_fd()).ok()),
+            true => Emulating::Write(end, None),
+            false => Emulating::Read,
+        }
+    }
+
+    /// Whether a write to a frame that must fault is the first of its instruction, or of an iteration. KVM takes every write to a
+    /// read-only slot for a device's, before it looks for the page; elsewhere only an instruction that has begun gets so far.
+    fn is_new_write(&self, gfn: Gfn, mmio: &Mmio) -> bool {
+        let state = self.vm.read();
+        if !mmio.is_write || !matches!(state.core.view(gfn), View::Unbacked(_)) || !is_read_only(&state.core, gfn) {
+            return false;
+        }
+        match *lock(&self.emulating) {
+            Emulating::Nothing | Emulating::Read => false,
+            Emulating::Write(end, before) => {
+                end != mmio.gpa || before.is_none() || before != vcpu::progress(self.fd.as_fd()).ok()
+            }
         }
     }
 

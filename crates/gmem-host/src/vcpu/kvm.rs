@@ -13,7 +13,7 @@ use super::state::{Component, Source};
 
 /// `struct kvm_regs`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Regs {
     pub(super) rax: u64,
     pub(super) rbx: u64,

@@ -95,6 +95,18 @@ pub fn prepare() {
     let _ = iced_x86::InstructionInfoFactory::new().info(&instruction);
 }
 
+/// How far a vCPU has come. No instruction has ended between two that are equal, nor an iteration of a repeated one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Progress(kvm::Regs);
+
+/// How far `vcpu`, which must not be running, has come.
+///
+/// # Errors
+/// What `KVM_GET_REGS` returns.
+pub fn progress(vcpu: BorrowedFd<'_>) -> Result<Progress, Errno> {
+    Source::regs(&kvm::Vcpu(vcpu)).map(Progress)
+}
+
 /// The first access, in the processor's order, of what `vcpu` does next that touches a forbidden frame.
 ///
 /// `forbidden` says for a frame and a kind of access whether it must not succeed; for a read-modify-write it is asked
