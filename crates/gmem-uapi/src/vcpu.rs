@@ -160,7 +160,8 @@ impl VcpuObject {
         match state.core.view(gfn) {
             View::NoSlot => true,
             View::UserMemory { .. } => {
-                (is_write && is_read_only(&state.core, gfn)) || !state.client_allows(gfn, is_write)
+                let read_only = is_write && is_read_only(&state.core, gfn);
+                read_only || state.is_the_hosts(gfn) || !state.client_allows(gfn, is_write)
             }
             View::FilePage { .. } => false,
             // Such an access faults, over a guard. KVM takes the frame for a device only in the middle of an instruction that

@@ -17,7 +17,7 @@ use gmem_host::address_space::AddressSpace;
 use gmem_host::backing::Backing;
 use gmem_host::client::ClientMemory;
 use gmem_host::kvm;
-use gmem_host::maps::Maps;
+use gmem_host::maps::{self, Maps};
 use gmem_host::window::{Backings, Shows, Window};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
@@ -138,8 +138,17 @@ impl State {
     /// Whether the client has memory behind `gfn` that can be read, or written.
     pub(crate) fn client_allows(&self, gfn: Gfn, write: bool) -> bool {
         let Some(slot) = self.core.slots().at(0, gfn) else { return false };
-        let Some(window) = self.mmu.windows.get(&slot.id) else { return true };
-        usize::try_from(slot.hva_of(gfn)).is_ok_and(|address| window.client_allows(address, write))
+        let Ok(address) = usize::try_from(slot.hva_of(gfn)) else { return false };
+        match self.mmu.windows.get(&slot.id) {
+            Some(window) => window.client_allows(address, write),
+            None => maps::areas(address, address + 1)
+                .is_ok_and(|areas| areas.first().is_some_and(|area| area.allows(write))),
+        }
+    }
+
+    /// Whether the real slot at `gfn` has the client's own memory: what the host does there is what it has always done.
+    pub(crate) fn is_the_hosts(&self, gfn: Gfn) -> bool {
+        self.core.slots().at(0, gfn).is_none_or(|slot| !self.mmu.windows.contains_key(&slot.id))
     }
 
     pub(crate) fn backing(&self, file: FileId) -> Option<&Backing> {
@@ -154,7 +163,7 @@ impl VmObject {
         profile: &'static Profile,
         client: Arc<Mutex<ClientMemory>>,
     ) -> Result<Self, Errno> {
-        let rules = Rules { user_end: gmem_host::maps::user_address_end(), ..profile.rules };
+        let rules = Rules { user_end: maps::user_address_end(), ..profile.rules };
         let arch = if vm_type == 0 { Arch::Default } else { Arch::SwProtected };
         kvm::disable_quirks(fd, 0)?;
         Ok(Self {
