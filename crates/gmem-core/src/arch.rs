@@ -136,6 +136,18 @@ impl Arch {
         each!(self, vendor => vendor.make_private(gfn, frame(pfn)), else Ok(()))
     }
 
+    /// [`Arch::make_private`] as Linux did it before 7.3: of SNP's table as much in one entry as `max` and the frames around it
+    /// allow.
+    ///
+    /// # Errors
+    /// What the architecture refuses.
+    pub fn prepare(&mut self, gfn: Gfn, pfn: Pfn, max: Level) -> Result<(), Refusal> {
+        match self {
+            Self::Snp(snp) => snp.prepare(gfn, frame(pfn), max),
+            other => other.make_private(gfn, pfn),
+        }
+    }
+
     /// A mapping is about to be entered. One that is there already is no error and changes nothing: another vCPU was
     /// faster, and KVM does not even ask the architecture (`RET_PF_SPURIOUS`).
     ///
@@ -275,6 +287,17 @@ impl Arch {
         match self {
             Self::Default | Self::SwProtected | Self::Sev(_) | Self::Snp(_) | Self::Pkvm(_) => false,
             Self::Tdx(_) | Self::Cca(_) => true,
+        }
+    }
+
+    /// Whether frames of this side are translated by a table that hypervisor or firmware keep, which KVM only asks to change.
+    /// [`Arch::guest_access`] then has an answer for frames that are not mapped, too.
+    #[must_use]
+    pub fn has_own_table(&self, side: Side) -> bool {
+        match self {
+            Self::Default | Self::SwProtected | Self::Sev(_) | Self::Snp(_) => false,
+            Self::Tdx(_) => side == Side::Private,
+            Self::Cca(_) | Self::Pkvm(_) => true,
         }
     }
 
