@@ -202,10 +202,12 @@ impl Entry {
         }
     }
 
-    /// Whether two entries agree in everything that RMPUPDATE resets a page for: owner, guest address, size.
+    /// Whether two entries agree in everything that RMPUPDATE resets a page for: owner, guest address, size. One that is no
+    /// guest's is reset always.
     fn same_owner(&self, other: &Self) -> bool {
         let deciding = EntryBits::ASSIGNED | EntryBits::LARGE;
-        self.asid == other.asid && self.gfn == other.gfn && (self.bits & deciding) == (other.bits & deciding)
+        let same = self.asid == other.asid && self.gfn == other.gfn;
+        same && self.asid != Asid::HOST && (self.bits & deciding) == (other.bits & deciding)
     }
 }
 

@@ -9,6 +9,7 @@
 //! | [`status`] | completion codes |
 //! | commands | the SEAMCALL leaves, as methods of [`Tdx`] and as data ([`Command`]) |
 //! | guest | TDG.MEM.PAGE.ACCEPT and the guest's accesses |
+//! | [`map_gpa`] | how the guest asks for pages to change sides, and what the VMM is asked |
 //! | verbs | what KVM asks of the architecture (`arch/x86/kvm/vmx/tdx.c`) |
 //!
 //! The order of checks is the module's: TDR, fatal, key state, operation state, level and alignment, guest address, walk,
@@ -22,6 +23,7 @@
 mod command;
 mod commands;
 mod guest;
+pub mod map_gpa;
 pub mod pamt;
 pub mod sept;
 pub mod status;
