@@ -5,11 +5,15 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process_group};
 
 /// The exit status of a command that could not run for lack of something; test runners of the automake kind read it as a skip.
 pub(crate) const EXIT_MISSING: u8 = 77;
@@ -55,6 +59,28 @@ pub(crate) fn which(program: &str) -> Option<PathBuf> {
 /// output is for what xtask was asked for.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let status = command.stdout(std::io::stderr()).status().with_context(|| format!("starting {}", name(command)))?;
+    if !status.success() {
+        bail!("{} failed ({status}): {command:?}", name(command));
+    }
+    Ok(())
+}
+
+/// [`run`], but not for longer than `limit`: then the command is killed with all that it started, and that is an error.
+pub(crate) fn run_within(command: &mut Command, limit: Duration) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    command.stdout(std::io::stderr()).process_group(0);
+    let mut child = command.spawn().with_context(|| format!("starting {}", name(command)))?;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if Instant::now() >= deadline {
+            kill_process_group(Pid::from_child(&child), Signal::KILL).context("killing what takes too long")?;
+            child.wait()?;
+            bail!("{} had not ended after {} s and was killed: {command:?}", name(command), limit.as_secs());
+        }
+        thread::sleep(Duration::from_millis(200));
+    };
     if !status.success() {
         bail!("{} failed ({status}): {command:?}", name(command));
     }
@@ -140,7 +166,7 @@ pub(crate) fn build_release(packages: &[&str]) -> Result<PathBuf> {
 
 /// The number of processors, for `make -j`.
 pub(crate) fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+    thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// A size for people.

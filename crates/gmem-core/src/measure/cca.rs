@@ -286,6 +286,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
     fn empty_realm() {
         let rim = Rim::new(&params(HashAlgo::Sha256));
         assert_eq!(hex(rim.value()), "6739dfb22b75ee1268d08dfa8369f501bc0b066243553f069f560d1fa1172973");

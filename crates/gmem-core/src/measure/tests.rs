@@ -163,6 +163,7 @@ fn guests_without_a_measurement_say_why() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "hashes much, in safe code only")]
 fn malformed_images_are_refused() {
     let with = |at: usize, bytes: &[u8]| {
         let mut image = image(&SECTIONS, &[]);
@@ -190,6 +191,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 256 }, ..ProptestConfig::default() })]
 
     #[test]
+    #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
     fn any_change_of_an_image_is_parsed_or_refused(
         changes in prop::collection::vec((prop_oneof![4096usize..4200, 7900usize..8192], any::<u8>()), 0..12),
         cut in 0usize..8192,

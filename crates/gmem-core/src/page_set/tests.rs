@@ -175,7 +175,7 @@ proptest! {
     }
 
     #[test]
-    fn dense_changes_agree_with_a_bitmap(ops in prop::collection::vec((0u64..200, 0u64..70, any::<bool>()), 1..80), pages in 1u64..270) {
+    fn dense_changes_agree_with_a_bitmap(ops in prop::collection::vec((0u64..200, 0u64..70, any::<bool>()), 1..if cfg!(miri) { 12 } else { 80 }), pages in 1u64..270) {
         let set = PageSet::with_capacity(pages, false);
         let mut bitmap = vec![false; 300];
         for (start, len, value) in ops {

@@ -49,6 +49,7 @@ fn states(el2: &El2) -> (PageState, PageState, PageState) {
 
 /// From the state that some calls lead to, one more call: the error, or the states of host, hypervisor and guest.
 #[test]
+#[cfg_attr(miri, ignore = "enumerates much, in safe code only")]
 fn every_call_from_every_state() {
     use Error::{Again, Busy, HwPoison, NoEnt, Perm};
     let refused = Err::<(PageState, PageState, PageState), Error>;
