@@ -207,4 +207,18 @@ mod tests {
         assert!(error.is::<Missing>());
         assert_eq!(error.to_string(), "missing: no-such-tool (apt-get install some-package)");
     }
+
+    #[test]
+    fn what_takes_too_long_is_killed_with_all_that_it_started() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut command = Command::new("sh");
+        // The pipe stays open for as long as the grandchild lives.
+        command.args(["-c", "sleep 600 & wait"]).stderr(writer);
+        let error = run_within(&mut command, Duration::from_millis(300)).unwrap_err().to_string();
+        drop(command);
+        assert!(error.contains("was killed"), "{error}");
+        assert_eq!(std::io::read_to_string(reader).unwrap(), "");
+        assert!(run_within(&mut Command::new("true"), Duration::from_secs(60)).is_ok());
+        assert!(run_within(&mut Command::new("false"), Duration::from_secs(60)).is_err());
+    }
 }
