@@ -6,7 +6,7 @@
 //! nothing in it is looked up. The questions are those under which guest_memfd was designed: whether a hole that is punched
 //! under a guest costs it the bytes or its life, and whether a mere change of the VMM's mappings may do so.
 //!
-//! What stands around the core is in [`machine`]: a stage-2 table of one page and a vCPU. The guest is a careful one: it
+//! What stands around the core is in `machine`: a stage-2 table of one page and a vCPU. The guest is a careful one: it
 //! accepts a page before it first touches it, and it does not accept a page again by itself, because a page that has to be
 //! accepted twice has lost what the guest wrote.
 
