@@ -36,14 +36,14 @@ pub(crate) struct Args {
     /// Pairs of boots
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..))]
     pairs: u8,
-    /// Where the table goes; docs/benchmarks.md without
+    /// Where the table goes; docs/benchmarks.md, or docs/benchmarks-here.md, without
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     #[command(flatten)]
     gmem: Gmem,
     #[command(flatten)]
     machine: Machine,
-    /// On this machine's own /dev/kvm: what gmem only passes on; prints the table
+    /// On this machine's own /dev/kvm: what gmem only passes on
     #[arg(long)]
     here: bool,
     /// A conformance client; this checkout's gmem-conformance, in release form, without
@@ -188,14 +188,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let rows =
         if args.here { this_machine(args, &gmem, &chosen, client)? } else { guests(args, &gmem, &chosen, client)? };
     let table = report(&rows, args)?;
-    if args.here {
-        print!("{table}");
-    } else {
-        let out = args.out.clone().unwrap_or_else(|| sys::repository().join("docs/benchmarks.md"));
-        fs::create_dir_all(out.parent().unwrap_or(Path::new(".")))?;
-        fs::write(&out, table).with_context(|| format!("writing {}", out.display()))?;
-        eprintln!("xtask: wrote {}", out.display());
-    }
+    let file = if args.here { "docs/benchmarks-here.md" } else { "docs/benchmarks.md" };
+    let out = args.out.clone().unwrap_or_else(|| sys::repository().join(file));
+    fs::create_dir_all(out.parent().unwrap_or(Path::new(".")))?;
+    fs::write(&out, table).with_context(|| format!("writing {}", out.display()))?;
+    eprintln!("xtask: wrote {}", out.display());
     Ok(ExitCode::from(u8::from(rows.iter().any(|row| row.verdict(args.here) == Some(false)))))
 }
 
@@ -369,9 +366,7 @@ fn show_bound(bound: Bound) -> String {
 
 fn report(rows: &[Row], args: &Args) -> Result<String> {
     let mut text = String::new();
-    if !args.here {
-        preface(&mut text, args)?;
-    }
+    preface(&mut text, args)?;
     text.push_str("| | native | gmem | ratio | least to most | bound | |\n|---|---|---|---|---|---|---|\n");
     for row in rows {
         let gmem = show(row.gmem);
@@ -397,6 +392,15 @@ fn report(rows: &[Row], args: &Args) -> Result<String> {
 }
 
 fn preface(text: &mut String, args: &Args) -> Result<()> {
+    if args.here {
+        writeln!(
+            text,
+            "# What gmem adds to calls that it passes on\n\nWritten by `cargo xtask bench --here`: natively and under `gmem run` on one machine's own \
+             /dev/kvm, {} pairs\nthat take turns.\n",
+            args.pairs
+        )?;
+        return Ok(());
+    }
     writeln!(
         text,
         "# Benchmarks\n\nWritten by `cargo xtask bench`: natively on the reference kernel (6.12 with SW_PROTECTED_VM) and under\n\
@@ -409,7 +413,7 @@ fn preface(text: &mut String, args: &Args) -> Result<()> {
     text.push_str(
         "The machine is emulated in software and was not alone on its host: times are long and noisy, and only the ratios mean\n\
          something. Emulation makes gmem's own instructions dear beside a system call. What has a bound \"on hardware\" is\n\
-         measured with `cargo xtask bench --here`, on a machine's own /dev/kvm.\n\n",
+         measured with `cargo xtask bench --here`, on a machine's own /dev/kvm (benchmarks-here.md).\n\n",
     );
     Ok(())
 }
