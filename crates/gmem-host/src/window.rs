@@ -146,9 +146,12 @@ impl Window {
     /// As [`Window::show`].
     pub fn replace(&mut self, range: GfnRange, shows: Shows, backings: &Backings) -> Result<(), Errno> {
         let Some(range) = self.gfns.intersect(range) else { return Ok(()) };
-        if self.map(range, shows, backings) == Err(Errno::NOMEM) {
-            self.join(backings)?;
-            self.map(range, shows, backings)?;
+        match self.map(range, shows, backings) {
+            Err(Errno::NOMEM) => {
+                self.join(backings)?;
+                self.map(range, shows, backings)?;
+            }
+            done => done?,
         }
         self.shown.insert(range.start().0, range.len(), shows);
         Ok(())
