@@ -42,7 +42,14 @@ impl Area {
 
 /// The areas of this process at one moment, in ascending order.
 #[derive(Clone, Debug)]
-pub struct Maps(Vec<u8>);
+pub struct Maps(Vec<Mapped>);
+
+#[derive(Clone, Debug)]
+struct Mapped {
+    area: Area,
+    /// The program itself, as far as can be told without a name.
+    may_be_program: bool,
+}
 
 impl Maps {
     /// Those of now.
@@ -50,19 +57,29 @@ impl Maps {
     /// # Errors
     /// Those of opening and reading `/proc/self/maps`.
     pub fn now() -> Result<Self, Errno> {
-        read_all("/proc/self/maps").map(Self)
+        let text = read_all("/proc/self/maps")?;
+        let mut named: Vec<(Area, &str)> = lines(&text).collect();
+        find_program(&mut named);
+        let nameless = nameless_program(&named);
+        let all = named.into_iter().zip(nameless);
+        Ok(Self(all.map(|((area, _), may_be_program)| Mapped { area, may_be_program }).collect()))
     }
 
     /// The areas that overlap `[start, end)`, in ascending order, cut to it.
+    ///
+    /// A part of the program that has no name may be one mapping with ordinary memory, so it counts as the program only where
+    /// the range has named parts in it, too, and cannot be meant as guest RAM.
     #[must_use]
     pub fn areas(&self, start: usize, end: usize) -> Vec<Area> {
-        let mut all: Vec<(Area, &str)> = lines(&self.0).collect();
-        find_program(&mut all);
-        if all.iter().any(|(area, _)| area.sharing == Sharing::Program && area.start < end && start < area.end) {
-            find_nameless_program(&mut all);
-        }
-        let cut =
-            all.into_iter().map(|(area, _)| Area { start: area.start.max(start), end: area.end.min(end), ..area });
+        let first = self.0.partition_point(|mapped| mapped.area.end <= start);
+        let within = || self.0.iter().skip(first).take_while(|mapped| mapped.area.start < end);
+        let has_program = within().any(|mapped| mapped.area.sharing == Sharing::Program);
+        let cut = within().map(|Mapped { area, may_be_program }| Area {
+            start: area.start.max(start),
+            end: area.end.min(end),
+            sharing: if has_program && *may_be_program { Sharing::Program } else { area.sharing },
+            prot: area.prot,
+        });
         cut.filter(|area| area.start < area.end).collect()
     }
 }
@@ -90,25 +107,22 @@ fn find_program(all: &mut [(Area, &str)]) {
     }
 }
 
-/// The areas of the program that have no names: zeroed data right behind an image, and what this thread runs on.
-///
-/// Such an area may be one with ordinary memory beside it, so it is looked for only where the range in question has named
-/// parts of the program in it, and cannot be meant as guest RAM.
-fn find_nameless_program(all: &mut [(Area, &str)]) {
+/// Which areas are the program although no name says so: zeroed data right behind an image, and what this thread runs on.
+fn nameless_program(all: &[(Area, &str)]) -> Vec<bool> {
     thread_local!(static OF_THIS_THREAD: u8 = const { 0 });
     let on_stack = 0u8;
     let local = OF_THIS_THREAD.try_with(|byte| (&raw const *byte).addr()).unwrap_or(0);
     let used = [(&raw const on_stack).addr(), local];
     let mut program_end = 0;
-    for (area, name) in all {
+    let of_program = |(area, name): &(Area, &str)| {
         let own = area.start == program_end || used.iter().any(|address| (area.start..area.end).contains(address));
-        if area.sharing == Sharing::Private && name.is_empty() && own {
-            area.sharing = Sharing::Program;
-        }
-        if area.sharing == Sharing::Program {
+        let found = area.sharing == Sharing::Private && name.is_empty() && own;
+        if found || area.sharing == Sharing::Program {
             program_end = area.end;
         }
-    }
+        found
+    };
+    all.iter().map(of_program).collect()
 }
 
 fn lines(text: &[u8]) -> impl Iterator<Item = (Area, &str)> {
