@@ -128,8 +128,7 @@ impl VcpuObject {
     }
 
     fn after_mmio(&self, value: i32, mmio: &Mmio) -> Next {
-        let gfn = Gfn::of_gpa(mmio.gpa);
-        let device = self.is_device(gfn, mmio.is_write) && !self.is_new_write(gfn, mmio);
+        let device = self.is_device(mmio.access());
         *lock(&self.emulating) = if device { self.emulated(mmio) } else { Emulating::Nothing };
         if device {
             return Next::Return(Ok(value));
@@ -154,19 +153,25 @@ impl VcpuObject {
         }
     }
 
-    /// Whether an access to `gfn` is the client's to emulate on the kernel that is being emulated, too.
-    fn is_device(&self, gfn: Gfn, is_write: bool) -> bool {
+    /// Whether an access is the client's to emulate on the kernel that is being emulated, too.
+    fn is_device(&self, access: vcpu::Access) -> bool {
+        let (gfn, is_write) = (Gfn::of_gpa(access.gpa), access.kind == vcpu::AccessKind::Store);
         let state = self.vm.read();
+        let read_only = || is_write && is_read_only(&state.core, gfn);
         match state.core.view(gfn) {
             View::NoSlot => true,
-            View::UserMemory { .. } => {
-                let read_only = is_write && is_read_only(&state.core, gfn);
-                read_only || state.is_the_hosts(gfn) || !state.client_allows(gfn, is_write)
-            }
+            View::UserMemory { .. } => read_only() || state.is_the_hosts(gfn) || !state.client_allows(gfn, is_write),
             View::FilePage { .. } => false,
             // Such an access faults, over a guard. KVM takes the frame for a device only in the middle of an instruction that
-            // the client emulates anyway, or in the moment before the guard was there.
-            View::Unbacked(_) => *lock(&self.emulating) != Emulating::Nothing,
+            // the client emulates anyway, or in the moment before the guard was there; and every write to a read-only slot,
+            // which it does not look for the page of.
+            View::Unbacked(_) => match *lock(&self.emulating) {
+                Emulating::Nothing => false,
+                Emulating::Write(end, before) if read_only() => {
+                    end == access.gpa && before.is_some() && before == vcpu::progress(self.fd.as_fd()).ok()
+                }
+                Emulating::Read | Emulating::Write(..) => true,
+            },
         }
     }
 
@@ -176,21 +181,6 @@ impl VcpuObject {
             true if end.is_multiple_of(PAGE_SIZE) => Emulating::Write(end, vcpu::progress(self.fd.as_fd()).ok()),
             true => Emulating::Write(end, None),
             false => Emulating::Read,
-        }
-    }
-
-    /// Whether a write to a frame that must fault is the first of its instruction, or of an iteration. KVM takes every write to a
-    /// read-only slot for a device's, before it looks for the page; elsewhere only an instruction that has begun gets so far.
-    fn is_new_write(&self, gfn: Gfn, mmio: &Mmio) -> bool {
-        let state = self.vm.read();
-        if !mmio.is_write || !matches!(state.core.view(gfn), View::Unbacked(_)) || !is_read_only(&state.core, gfn) {
-            return false;
-        }
-        match *lock(&self.emulating) {
-            Emulating::Nothing | Emulating::Read => false,
-            Emulating::Write(end, before) => {
-                end != mmio.gpa || before.is_none() || before != vcpu::progress(self.fd.as_fd()).ok()
-            }
         }
     }
 
@@ -216,7 +206,7 @@ impl VcpuObject {
                 return None;
             };
             let gfn = Gfn::of_gpa(access.gpa);
-            if self.is_device(gfn, true) {
+            if self.is_device(access) {
                 // The frame was converted and is the client's to emulate now: it gets the write, and that piece is done.
                 if let Some(piece) = write.take_first() {
                     self.run_area().set_mmio_write(piece.gpa, piece.data());
@@ -349,11 +339,12 @@ impl VcpuObject {
             let state = self.vm.read();
             let (gpa, len) = (run.start().gpa() + done, (size - done).min(PIECE));
             let slot = state.core.slots().at(0, Gfn::of_gpa(gpa)).ok_or(Errno::NOENT);
-            let ready = if signals.is_interrupted() { Err(Errno::INTR) } else { slot };
-            match ready.and_then(|_| kvm::pre_fault(self.fd.as_fd(), gpa, len)) {
+            if signals.is_interrupted() {
+                return (done, Err(Errno::INTR));
+            }
+            match slot.and_then(|_| kvm::pre_fault(self.fd.as_fd(), gpa, len)) {
                 Ok((_, left)) if left < len => done += len - left,
-                Ok(_) => return (done, Ok(())),
-                Err(error) => return (done, Err(error)),
+                end => return (done, end.map(|_| ())),
             }
         }
         (size, Ok(()))
