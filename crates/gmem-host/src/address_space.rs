@@ -39,13 +39,29 @@ impl AddressSpace {
     }
 }
 
+/// The caller is a process with this address space, and not a child of vfork, which shares it without being one.
+///
+/// To be called early and by a child of fork; otherwise the first caller that asks is taken for it.
+pub fn enter() {
+    if let Ok(own) = own() {
+        own.process.store(caller(), Ordering::Relaxed);
+    }
+}
+
+/// Whether the caller is the process of [`enter`]: a child of vfork is not, and its descriptors are its own.
+#[must_use]
+pub fn is_own() -> bool {
+    process() == caller()
+}
+
 /// A process with this address space: the caller, or the parent of a caller that was made by vfork.
 pub(crate) fn process() -> u32 {
     let Ok(own) = own() else { return caller() };
     match own.process.load(Ordering::Relaxed) {
         0 => {
-            own.process.store(caller(), Ordering::Relaxed);
-            caller()
+            let caller = caller();
+            own.process.store(caller, Ordering::Relaxed);
+            caller
         }
         known => known,
     }
@@ -89,5 +105,6 @@ mod tests {
         let here = AddressSpace::current().unwrap();
         let there = std::thread::spawn(|| AddressSpace::current().unwrap()).join().unwrap();
         assert_eq!(here, there);
+        assert!(std::thread::spawn(is_own).join().unwrap());
     }
 }

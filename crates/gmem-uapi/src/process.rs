@@ -1,7 +1,7 @@
 //! A client process: which of its descriptors are gmem's, and the dispatch of its calls.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, Weak};
 
 use gmem_core::file::FileFlags;
@@ -9,7 +9,7 @@ use gmem_core::ops::{Claim, FileClaim};
 use gmem_core::slot::SlotFlags;
 use gmem_host::client::ClientMemory;
 use gmem_host::sys::SignalsBlocked;
-use gmem_host::{fds, kvm};
+use gmem_host::{address_space, fds, kvm};
 use rustix::fd::AsFd;
 use rustix::io::Errno;
 
@@ -84,7 +84,6 @@ pub struct Process {
     client: Arc<Mutex<ClientMemory>>,
     mappings: Mutex<Mappings>,
     mapping_count: AtomicUsize,
-    pid: AtomicI32,
 }
 
 /// Locks held over a fork.
@@ -101,6 +100,7 @@ impl Process {
     #[must_use]
     pub fn new(config: Config, native: Native) -> Self {
         gmem_host::vcpu::prepare();
+        address_space::enter();
         Self {
             config,
             native,
@@ -111,7 +111,6 @@ impl Process {
             client: Arc::default(),
             mappings: Mutex::default(),
             mapping_count: AtomicUsize::new(0),
-            pid: AtomicI32::new(rustix::process::getpid().as_raw_nonzero().get()),
         }
     }
 
@@ -302,15 +301,11 @@ impl Process {
 
     /// The client closed `fd`. To be called before the number can be used again.
     pub fn closed(&self, fd: i32) {
-        if self.known.contains(fd) && self.is_own_memory() {
+        // A child of vfork closes descriptors of its own.
+        if self.known.contains(fd) && address_space::is_own() {
             let _signals = SignalsBlocked::new();
             drop(self.replace(fd, None));
         }
-    }
-
-    /// False in a child of vfork, which shares this memory but not the descriptors.
-    fn is_own_memory(&self) -> bool {
-        self.pid.load(Ordering::Relaxed) == rustix::process::getpid().as_raw_nonzero().get()
     }
 
     /// Takes every lock of the process, so that a fork finds none of them held by a thread that the child does not have.
@@ -326,7 +321,7 @@ impl Process {
 
     /// The process is a child of fork now, with descriptors and memory of its own.
     pub fn is_child(&self) {
-        self.pid.store(rustix::process::getpid().as_raw_nonzero().get(), Ordering::Relaxed);
+        address_space::enter();
         lock(&self.client).make_private();
     }
 
