@@ -7,6 +7,7 @@ mod litmus;
 mod measure;
 mod probe;
 mod run;
+mod sigpipe;
 mod types;
 mod vendors;
 
@@ -44,16 +45,8 @@ enum Command {
     Vendors(vendors::Arguments),
 }
 
-/// Lets a closed standard output end the program by SIGPIPE, as it ends other tools (`gmem check vectors | head`).
-///
-/// The runtime ignores the signal; then `println!` panics, and a command that looks at its errors reports one that is none.
-fn end_on_closed_output() {
-    // SAFETY: No handler is installed, the default action is, and no other thread runs yet.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-}
-
 fn main() -> ExitCode {
-    end_on_closed_output();
+    sigpipe::end_by_it();
     let result = match Arguments::parse().command {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),

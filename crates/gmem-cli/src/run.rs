@@ -17,7 +17,7 @@ use rustix::fs::MemfdFlags;
 use rustix::process::{Resource, getrlimit};
 
 use crate::elf::{self, Kind};
-use crate::types;
+use crate::{sigpipe, types};
 
 /// The library that goes in front of libc.
 static LIBRARY: &[u8] = include_bytes!(env!("GMEM_PRELOAD_LIBRARY"));
@@ -102,6 +102,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
 /// Becomes `command`, with the library in front of it if there is anything to provide. Returns only if that fails.
 pub(crate) fn exec(mut command: Command, config: &Config) -> Result<ExitCode> {
     let library = if config.emulated == 0 { None } else { Some(interpose(&mut command, config)?) };
+    sigpipe::inherit(&mut command);
     let error = command.exec();
     drop(library);
     Err(error.into())

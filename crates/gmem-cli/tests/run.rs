@@ -10,10 +10,18 @@ fn gmem() -> Command {
     Command::new(env!("CARGO_BIN_EXE_gmem"))
 }
 
+/// Whether there is a KVM to run anything with; says so if not.
+fn has_kvm() -> bool {
+    let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    if open.is_err() {
+        eprintln!("skipped: /dev/kvm is missing or cannot be opened");
+    }
+    open.is_ok()
+}
+
 /// Runs one of the parts below under gmem, or says what is missing.
 fn under_gmem(part: &str) {
-    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
-        eprintln!("skipped: /dev/kvm is missing or cannot be opened");
+    if !has_kvm() {
         return;
     }
     let own = std::env::current_exe().unwrap();
@@ -274,4 +282,23 @@ mod parts {
             assert_eq!(ioctl(vm, KVM_CREATE_GUEST_MEMFD, address), Err(libc::EFAULT));
         }
     }
+}
+
+/// Whether a program under gmem finds SIGPIPE ignored, if gmem is started with that or without.
+fn finds_sigpipe_ignored(ignored_before: bool) -> bool {
+    let trap = if ignored_before { "trap '' PIPE" } else { ":" };
+    let script = format!("{trap}; exec \"$0\" run -- grep SigIgn /proc/self/status");
+    let shell = Command::new("sh").args(["-c", &script, env!("CARGO_BIN_EXE_gmem")]).output().unwrap();
+    let said = String::from_utf8_lossy(&shell.stdout).into_owned();
+    let mask = said.strip_prefix("SigIgn:").and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.unwrap_or_else(|| panic!("{shell:?}")) & 1 << (libc::SIGPIPE - 1) != 0
+}
+
+#[test]
+fn a_program_has_the_sigpipe_that_gmem_was_given() {
+    if !has_kvm() {
+        return;
+    }
+    assert!(finds_sigpipe_ignored(true));
+    assert!(!finds_sigpipe_ignored(false));
 }
