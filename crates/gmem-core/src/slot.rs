@@ -100,7 +100,8 @@ impl Slot {
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Slots {
     by_id: BTreeMap<SlotId, Slot>,
-    by_frame: BTreeMap<(u16, Gfn), SlotId>,
+    /// By first frame, for each address space.
+    by_frame: [BTreeMap<Gfn, SlotId>; SPACES as usize],
     pages: u64,
 }
 
@@ -127,20 +128,23 @@ impl Slots {
     /// The slot of address space `space` that holds `gfn`.
     #[must_use]
     pub fn at(&self, space: u16, gfn: Gfn) -> Option<&Slot> {
-        let (_, id) = self.by_frame.range((space, Gfn(0))..=(space, gfn)).next_back()?;
+        let (_, id) = self.by_frame.get(usize::from(space))?.range(..=gfn).next_back()?;
         self.by_id.get(id).filter(|slot| slot.gfns.contains(gfn))
     }
 
     /// The slots of any address space that have frames in `range`.
     pub fn overlapping(&self, range: GfnRange) -> impl Iterator<Item = &Slot> {
-        (0..SPACES).flat_map(move |space| self.overlapping_in(space, range))
+        self.by_frame.iter().flat_map(move |slots| self.among(slots, range))
     }
 
-    /// The slots of address space `space` that have frames in `range`, in ascending order.
+    /// The slots of address space `space` that have frames in `range`, in descending order.
     pub fn overlapping_in(&self, space: u16, range: GfnRange) -> impl Iterator<Item = &Slot> {
-        let before = self.at(space, range.start()).filter(|slot| slot.gfns.start() < range.start());
-        let inside = self.by_frame.range((space, range.start())..(space, range.end()));
-        before.into_iter().chain(inside.filter_map(|(_, id)| self.by_id.get(id)))
+        self.by_frame.get(usize::from(space)).into_iter().flat_map(move |slots| self.among(slots, range))
+    }
+
+    fn among<'a>(&'a self, slots: &'a BTreeMap<Gfn, SlotId>, range: GfnRange) -> impl Iterator<Item = &'a Slot> {
+        let downwards = slots.range(..range.end()).rev().filter_map(|(_, id)| self.by_id.get(id));
+        downwards.take_while(move |slot| range.start() < slot.gfns.end())
     }
 
     /// Pages in all slots together.
@@ -152,13 +156,17 @@ impl Slots {
     pub(crate) fn insert(&mut self, slot: Slot) {
         self.remove(slot.id);
         self.pages += slot.gfns.len();
-        self.by_frame.insert((slot.id.space, slot.gfns.start()), slot.id);
+        if let Some(frames) = self.by_frame.get_mut(usize::from(slot.id.space)) {
+            frames.insert(slot.gfns.start(), slot.id);
+        }
         self.by_id.insert(slot.id, slot);
     }
 
     pub(crate) fn remove(&mut self, id: SlotId) -> Option<Slot> {
         let slot = self.by_id.remove(&id)?;
-        self.by_frame.remove(&(id.space, slot.gfns.start()));
+        if let Some(frames) = self.by_frame.get_mut(usize::from(id.space)) {
+            frames.remove(&slot.gfns.start());
+        }
         self.pages -= slot.gfns.len();
         Some(slot)
     }

@@ -353,8 +353,8 @@ impl Vm {
 
     fn view_run(&self, slot: &Slot, rest: GfnRange) -> (GfnRange, View) {
         let gfn = rest.start();
-        let view = self.slot_view(slot, gfn, self.attribute(gfn));
-        let mut end = self.same_attribute_until(rest);
+        let (side, mut end) = self.attribute_run(rest);
+        let view = self.slot_view(slot, gfn, side);
         if let (Some(pages), Some(file)) = (slot.file_pages(), self.bound_file(slot))
             && let Some(first) = slot.index_of(gfn)
         {
@@ -369,15 +369,16 @@ impl Vm {
         self.files.get(&slot.binding?.file?)
     }
 
-    fn same_attribute_until(&self, rest: GfnRange) -> Gfn {
+    /// The side of the first frame of `rest`, and where the frames that share it end.
+    fn attribute_run(&self, rest: GfnRange) -> (Side, Gfn) {
         match self.rules.tracking {
             Tracking::Attributes => {
-                let mut runs = self.private.runs(rest.start().0, rest.len());
-                runs.next().map_or(rest.end(), |(start, len, _)| Gfn(start + len))
+                let run = self.attribute_runs(rest).next();
+                run.map_or((Side::Shared, rest.end()), |(run, side)| (side, run.end()))
             }
             Tracking::InPlace => {
                 let first = self.attribute(rest.start());
-                rest.pages().find(|gfn| self.attribute(*gfn) != first).unwrap_or(rest.end())
+                (first, rest.pages().find(|gfn| self.attribute(*gfn) != first).unwrap_or(rest.end()))
             }
         }
     }

@@ -132,9 +132,8 @@ impl Window {
     /// ENOMEM when the process has too many mappings; what has been changed until then stays and is remembered.
     pub fn show(&mut self, range: GfnRange, shows: Shows, backings: &Backings) -> Result<(), Errno> {
         let Some(range) = self.gfns.intersect(range) else { return Ok(()) };
-        let pieces: Vec<_> = self.shown.runs(range.start().0, range.len()).collect();
-        let same = |(start, _, shown): &(u64, u64, Shows)| *shown == shows.advance(start - range.start().0);
-        if pieces.iter().all(same) {
+        let same = |(start, _, shown): (u64, u64, Shows)| shown == shows.advance(start - range.start().0);
+        if self.shown.runs(range.start().0, range.len()).all(same) {
             return Ok(());
         }
         self.replace(range, shows, backings)

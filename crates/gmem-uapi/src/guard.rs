@@ -95,12 +95,12 @@ fn region(number: u16, gfns: GfnRange, memory_size: u64, userspace_addr: u64) ->
 /// The private parts of `range` that have no slot.
 fn unguarded(core: &Vm, range: GfnRange) -> Vec<GfnRange> {
     let mut gaps = Vec::new();
-    let mut next = range.start();
+    let mut end = range.end();
     for slot in core.slots().overlapping_in(0, range) {
-        gaps.extend(GfnRange::new(next, slot.gfns.start()));
-        next = slot.gfns.end();
+        gaps.extend(GfnRange::new(slot.gfns.end(), end));
+        end = slot.gfns.start();
     }
-    gaps.extend(GfnRange::new(next, range.end()));
+    gaps.extend(GfnRange::new(range.start(), end));
     let private =
         |gap: GfnRange| core.attribute_runs(gap).filter(|(_, side)| *side == Side::Private).map(|(run, _)| run);
     gaps.into_iter().flat_map(private).take(MOST).collect()

@@ -126,6 +126,16 @@ impl State {
         (output, mmu.error.take().map_or(Ok(()), Err))
     }
 
+    /// Puts frames on a side. What they showed is replaced in one step, which takes KVM's translations away as well.
+    fn convert(&mut self, range: GfnRange, side: Side) -> Result<(), Errno> {
+        let mmu = &mut self.mmu;
+        ops::run(&mut SetAttributes::new(range, side), &mut self.core, |_, core, action| match action {
+            Action::Zap { .. } => {}
+            action => mmu.carry_out(core, &action),
+        });
+        mmu.error.take().map_or(Ok(()), Err)
+    }
+
     /// What is shown to the guest at `gfn`, and where that is in this process. A slot without a window is the client's memory.
     pub(crate) fn window_at(&self, gfn: Gfn) -> Option<(usize, Shows)> {
         let slot = self.core.slots().at(0, gfn)?;
@@ -268,7 +278,7 @@ impl VmObject {
             Some(_) => state.core.attribute_runs(range).collect(),
             None => Vec::new(),
         };
-        match state.run(&mut SetAttributes::new(range, side)).1 {
+        match state.convert(range, side) {
             Ok(()) => {
                 self.update_guards(&mut state, range);
                 Ok(0)
@@ -276,7 +286,7 @@ impl VmObject {
             Err(error) => {
                 // Too many mappings (vm.max_map_count): back to what was, which needs no more than there were.
                 for (range, side) in before {
-                    let _ = state.run(&mut SetAttributes::new(range, side));
+                    let _ = state.convert(range, side);
                 }
                 Err(error)
             }
