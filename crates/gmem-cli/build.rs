@@ -17,6 +17,7 @@ fn main() {
     if release {
         // It is copied into memory at every `gmem run`: without symbols it is an eighth of the size.
         cargo.arg("--release").env("CARGO_PROFILE_RELEASE_DEBUG", "0").env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
+        cargo.env("CARGO_PROFILE_RELEASE_LTO", "fat").env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1");
     }
     // Linters and the like wrap the compiler of the outer build only.
     for variable in ["RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET"] {

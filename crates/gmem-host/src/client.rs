@@ -6,6 +6,7 @@
 //! operations which depend on the memory being private anonymous memory are translated by [`ClientMemory::advise_dontneed`].
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
@@ -26,7 +27,44 @@ struct Moved {
     offset: u64,
     /// Whether the client had it mapped privately.
     private: bool,
-    backing: std::sync::Arc<Backing>,
+    backing: Arc<Backing>,
+}
+
+/// Client memory that is mapped in one way, as the source of a second mapping.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// Where the client has it, and how.
+    pub area: Area,
+    /// Where it lies in a backing, if it was moved there.
+    moved: Option<(Arc<Backing>, u64)>,
+}
+
+impl Source {
+    /// The part within `[start, end)`.
+    pub(crate) fn part(&self, start: usize, end: usize) -> Option<Self> {
+        let area = Area { start: self.area.start.max(start), end: self.area.end.min(end), ..self.area };
+        let further = (area.start - self.area.start) as u64;
+        let moved = self.moved.as_ref().map(|(backing, offset)| (Arc::clone(backing), offset + further));
+        (area.start < area.end).then_some(Self { area, moved })
+    }
+
+    /// Maps it a second time, at `to`. What was moved replaces the target in one step; the rest leaves it unmapped in between.
+    ///
+    /// # Errors
+    /// ENOMEM when the process has too many mappings; others for what cannot be duplicated, and then the target may be unmapped.
+    ///
+    /// # Safety
+    /// As [`Backing::map_at`] for as many bytes at `to`.
+    pub(crate) unsafe fn map_at(&self, to: usize) -> Result<(), Errno> {
+        let len = self.area.end - self.area.start;
+        // SAFETY: of the caller.
+        unsafe {
+            match &self.moved {
+                Some((backing, offset)) => backing.map_protected_at(to, len, *offset, self.area.prot),
+                None => backing::alias_at(self.area.start, to, len),
+            }
+        }
+    }
 }
 
 const PAGE: usize = 4096;
@@ -66,8 +104,26 @@ impl ClientMemory {
         }
         self.forget(start, end);
         let private = area.sharing == Sharing::Private;
-        self.moved.insert(start, Moved { end, offset: 0, private, backing: std::sync::Arc::new(backing) });
+        self.moved.insert(start, Moved { end, offset: 0, private, backing: Arc::new(backing) });
         Ok(())
+    }
+
+    /// What the client has mapped in `[start, start + len)`, in ascending order.
+    #[must_use]
+    pub fn sources(&self, maps: &Maps, start: usize, len: usize) -> Vec<Source> {
+        let mut sources = Vec::new();
+        for area in maps.areas(start, start.saturating_add(len)) {
+            let whole = Source { area, moved: None };
+            let mut next = area.start;
+            for (from, to, offset, backing) in self.pieces(area.start, area.end) {
+                sources.extend(whole.part(next, from));
+                let area = Area { start: from, end: to, ..area };
+                sources.push(Source { area, moved: Some((Arc::clone(backing), offset)) });
+                next = to;
+            }
+            sources.extend(whole.part(next, area.end));
+        }
+        sources
     }
 
     /// `MADV_DONTNEED` on moved memory: the client expects zeros afterwards, which on shared memory only a hole gives.
@@ -93,11 +149,11 @@ impl ClientMemory {
         whole == Some(end)
     }
 
-    fn pieces(&self, start: usize, end: usize) -> impl Iterator<Item = (usize, usize, u64, &Backing)> {
+    fn pieces(&self, start: usize, end: usize) -> impl Iterator<Item = (usize, usize, u64, &Arc<Backing>)> {
         let before = self.moved.range(..start).next_back();
         before.into_iter().chain(self.moved.range(start..end)).filter_map(move |(&base, moved)| {
             let (from, to) = (base.max(start), moved.end.min(end));
-            (from < to).then(|| (from, to, moved.offset + (from - base) as u64, &*moved.backing))
+            (from < to).then(|| (from, to, moved.offset + (from - base) as u64, &moved.backing))
         })
     }
 

@@ -20,7 +20,7 @@ pub enum Sharing {
 }
 
 /// A piece of address space that is mapped in one way.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Area {
     /// First address.
     pub start: usize,

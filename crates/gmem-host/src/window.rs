@@ -12,7 +12,8 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::backing::{self, Backing};
-use crate::maps::{Area, Maps};
+use crate::client::Source;
+use crate::maps::Area;
 
 /// What a window shows for a run of frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,7 +51,7 @@ pub struct Window {
     gfns: GfnRange,
     shown: RunMap<Shows>,
     /// How the client has its memory for the slot mapped: a run of it may not be one mapping.
-    client: Vec<Area>,
+    client: Vec<Source>,
 }
 
 const HUGE_1G: usize = 1 << 30;
@@ -102,16 +103,16 @@ impl Window {
         Ok(())
     }
 
-    /// Learns how the client's `len` bytes at `start` are mapped, which is where [`Shows::Client`] of this window points to.
-    pub fn learn_client(&mut self, maps: &Maps, start: usize, len: usize) {
-        self.client = maps.areas(start, start.saturating_add(len));
+    /// Learns how the client's memory is mapped where [`Shows::Client`] of this window points to.
+    pub fn learn_client(&mut self, sources: Vec<Source>) {
+        self.client = sources;
     }
 
     /// Whether the client's memory at `address` can be read, or written.
     #[must_use]
     pub fn client_allows(&self, address: usize, write: bool) -> bool {
-        let area = self.client.iter().find(|area| area.start <= address && address < area.end);
-        area.is_some_and(|area| area.allows(write))
+        let mut areas = self.client.iter().map(|source| source.area);
+        areas.find(|area| area.start <= address && address < area.end).is_some_and(|area| area.allows(write))
     }
 
     /// Where a frame of the window lies, and what is shown there.
@@ -179,7 +180,7 @@ impl Window {
 ///
 /// # Safety
 /// `[address, address + len)` must lie in a window.
-unsafe fn map(address: usize, len: usize, shows: Shows, backings: &Backings, client: &[Area]) -> Result<(), Errno> {
+unsafe fn map(address: usize, len: usize, shows: Shows, backings: &Backings, client: &[Source]) -> Result<(), Errno> {
     // SAFETY: all three replace a part of a window, which the caller owns.
     unsafe {
         match shows {
@@ -207,33 +208,34 @@ unsafe fn map(address: usize, len: usize, shows: Shows, backings: &Backings, cli
 ///
 /// # Safety
 /// `[to, to + len)` must lie in a window.
-unsafe fn alias(from: usize, to: usize, len: usize, client: &[Area]) -> Result<(), Errno> {
+unsafe fn alias(from: usize, to: usize, len: usize, client: &[Source]) -> Result<(), Errno> {
     let end = from.saturating_add(len);
-    let pieces = client.iter().map(|area| (area.start.max(from), area.end.min(end))).filter(|(start, end)| start < end);
+    let target = |address: usize| address.wrapping_add(to.wrapping_sub(from));
     let mut next = from;
-    for (start, end) in pieces {
+    for piece in client.iter().filter_map(|source| source.part(from, end)) {
+        let Area { start, end, .. } = piece.area;
         // SAFETY: both lie in the part of the window that the caller named.
         unsafe {
-            nothing_between(next, start, to.wrapping_sub(from))?;
-            match backing::alias_at(start, start.wrapping_add(to.wrapping_sub(from)), end - start) {
+            nothing_between(target(next), target(start))?;
+            match piece.map_at(target(start)) {
                 Err(Errno::NOMEM) => return Err(Errno::NOMEM),
                 // A device mapping cannot be duplicated; it stays out of the guest's reach. The failed call may have
                 // unmapped its target.
-                Err(_) => backing::map_nothing_at(start.wrapping_add(to.wrapping_sub(from)), end - start)?,
+                Err(_) => backing::map_nothing_at(target(start), end - start)?,
                 Ok(()) => {}
             }
         }
         next = end;
     }
     // SAFETY: as above.
-    unsafe { nothing_between(next, end, to.wrapping_sub(from)) }
+    unsafe { nothing_between(target(next), target(end)) }
 }
 
 /// # Safety
-/// `[start + offset, end + offset)` must lie in a window.
-unsafe fn nothing_between(start: usize, end: usize, offset: usize) -> Result<(), Errno> {
+/// `[start, end)` must lie in a window.
+unsafe fn nothing_between(start: usize, end: usize) -> Result<(), Errno> {
     // SAFETY: of the caller.
-    if start < end { unsafe { backing::map_nothing_at(start.wrapping_add(offset), end - start) } } else { Ok(()) }
+    if start < end { unsafe { backing::map_nothing_at(start, end - start) } } else { Ok(()) }
 }
 
 fn trim(start: usize, end: usize) {

@@ -88,12 +88,13 @@ impl Mmu {
     }
 
     /// The client's mappings are not what they were.
-    fn learn_client(&mut self, core: &Vm) -> Result<(), Errno> {
+    fn learn_client(&mut self, core: &Vm, client: &ClientMemory) -> Result<(), Errno> {
         let maps = Maps::now()?;
         for (id, window) in &mut self.windows {
             let Some(slot) = core.slots().get(*id) else { continue };
             let len = usize::try_from(slot.gfns.len() * PAGE_SIZE).map_err(|_| Errno::NOMEM)?;
-            window.learn_client(&maps, usize::try_from(slot.userspace_addr).map_err(|_| Errno::NOMEM)?, len);
+            let start = usize::try_from(slot.userspace_addr).map_err(|_| Errno::NOMEM)?;
+            window.learn_client(client.sources(&maps, start, len));
         }
         Ok(())
     }
@@ -347,8 +348,9 @@ impl VmObject {
         if let (false, Ok(start), Ok(len)) =
             (file_only, usize::try_from(claim.userspace_addr), usize::try_from(claim.memory_size))
         {
-            lock(&self.client).make_shareable(start, len)?;
-            window.learn_client(&Maps::now()?, start, len);
+            let mut client = lock(&self.client);
+            client.make_shareable(start, len)?;
+            window.learn_client(client.sources(&Maps::now()?, start, len));
         }
         let base = window.base() as u64;
         state.mmu.windows.insert(id, window);
@@ -387,9 +389,11 @@ impl VmObject {
         if frames.is_empty() || state.mmu.windows.is_empty() {
             return Ok(());
         }
-        lock(&self.client).make_shareable(start, end - start)?;
+        let mut client = lock(&self.client);
+        client.make_shareable(start, end - start)?;
         let State { core, mmu, .. } = &mut *state;
-        mmu.learn_client(core)?;
+        mmu.learn_client(core, &client)?;
+        drop(client);
         frames.into_iter().try_for_each(|range| mmu.show_views(core, range, Window::replace))
     }
 }
