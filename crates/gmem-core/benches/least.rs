@@ -1,6 +1,6 @@
 //! The least time that an operation takes: of many short batches, the fastest. Other work on the machine can disturb most
 //! of the batches and hardly all of them, so these numbers mean something on a busy machine too. The tables in `docs/` are
-//! made of them; the other benches show distributions.
+//! made of them.
 //!
 //! `cargo bench -p gmem-core --bench least -- WORD` measures what has the word in its name.
 
@@ -8,12 +8,12 @@ use gmem_core::Vm;
 use gmem_core::addr::{Gfn, Level, PAGE_SIZE, PageRange, Pfn, PfnRange};
 use gmem_core::arch::Arch;
 use gmem_core::file::FileFlags;
-use gmem_core::ops::{self, Claim, FileClaim, SetAttributes, SetRegion};
+use gmem_core::ops::{self, Access, Claim, FileClaim, Origin, SetAttributes, SetRegion};
 use gmem_core::page_set::PageSet;
 use gmem_core::runs::{Linear, RunMap};
 use gmem_core::slot::SlotFlags;
 use gmem_core::vendor::Side;
-use gmem_core::vendor::cca::{Platform, RealmParams, Rmm, RmmVersion};
+use gmem_core::vendor::cca::{Cca, Config, Platform, RealmParams, Rmm, RmmVersion};
 use gmem_core::vendor::pkvm::{El2, VmHandle};
 use gmem_core::vendor::snp::guest::{Caller, Translation, Validation};
 use gmem_core::vendor::snp::rmp::{Asid, Rmp, RmpSize, RmpUpdate};
@@ -24,8 +24,9 @@ use gmem_core::vm::Rules;
 use std::hint::black_box;
 use std::time::Instant;
 
-const BATCHES: u32 = 400;
+const BATCHES: u32 = 1000;
 const BATCH: u32 = 500;
+const GIB: u64 = 1 << 18;
 const TIB: u64 = 1 << 28;
 const PAGE: u64 = PAGE_SIZE;
 
@@ -55,7 +56,7 @@ fn random(limit: u64) -> impl FnMut() -> u64 {
     let mut state = 1u64;
     move || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 32) % limit
+        ((state >> 32) * limit) >> 32
     }
 }
 
@@ -72,9 +73,23 @@ fn page_set() {
         set.set(TIB / 2 + 77, 1, true);
         set.set(TIB / 2 + 77, 1, false);
     });
+    let mut value = false;
+    least("set: change 1 TiB but for its first and last page", 1, || {
+        value = !value;
+        set.set(1, TIB - 2, value);
+    });
+    set.set(0, TIB, false);
+    least("set: give 1 GiB two odd pages, which takes a bitmap, and one value again", 1, || {
+        set.set(GIB + 5, 1, true);
+        set.set(GIB + 7, 1, true);
+        set.set(GIB, GIB, false);
+    });
+    let set = PageSet::with_capacity(TIB, false);
     (0..TIB / 512).for_each(|block| set.set(odd(block), 1, true));
     println!("one odd page in each 2 MiB of 1 TiB: {} bytes", set.heap_bytes());
     least("set: look up, one odd page in each 2 MiB", 1, || see(set.get(page())));
+    least("set: whether 2 MiB are alike, one odd page in each", 1, || see(set.uniform(block() * 512, 512)));
+    least("set: whether 1 GiB is alike, one odd page in each 2 MiB", 1, || see(set.uniform(page() & !(GIB - 1), GIB)));
     least("set: clear the odd page of a block and set it", 2, || {
         let page = odd(block());
         set.set(page, 1, false);
@@ -88,6 +103,11 @@ fn page_set() {
     (0..TIB).step_by(2).for_each(|page| set.set(page, 1, true));
     println!("every other page of 1 TiB: {} bytes", set.heap_bytes());
     let mut near = random(TIB / 64);
+    least("set: whether 2 MiB are alike, every other page", 1, || see(set.uniform(block() * 512, 512)));
+    let mut near_block = random(TIB / 512 / 64);
+    least("set: whether 2 MiB are alike, every other page, within 16 GiB", 1, || {
+        see(set.uniform(near_block() * 512, 512));
+    });
     least("set: look up, every other page, within 16 GiB", 1, || see(set.get(near())));
     least("set: look up, every other page", 1, || see(set.get(page())));
     least("set: random pages to random values, within 16 GiB", 1, || {
@@ -125,20 +145,26 @@ fn set_attributes(vm: &mut Vm, start: u64, pages: u64, side: Side) {
     ops::run(&mut SetAttributes::new(range, side), vm, |_, _, action| see(action));
 }
 
-fn vm() {
+/// A VM whose first pages are bound to a file and private.
+fn private_vm(pages: u64) -> Vm {
     let mut vm = Vm::new(Arch::SwProtected, Rules::default());
-    let file = vm.create_file(TIB * PAGE, 0, FileFlags::empty()).expect("valid");
+    let file = vm.create_file(pages * PAGE, 0, FileFlags::empty()).expect("valid");
     let claim = Claim {
         slot: 0,
         flags: SlotFlags::GUEST_MEMFD.bits(),
         guest_phys_addr: 0,
-        memory_size: TIB * PAGE,
+        memory_size: pages * PAGE,
         userspace_addr: 0,
         file: FileClaim::File(file),
         guest_memfd_offset: 0,
     };
     ops::run(&mut SetRegion::new(claim), &mut vm, |_, _, _| {}).expect("valid");
-    set_attributes(&mut vm, 0, TIB, Side::Private);
+    set_attributes(&mut vm, 0, pages, Side::Private);
+    vm
+}
+
+fn vm() {
+    let mut vm = private_vm(TIB);
     let mut gfn = random(TIB);
     least("vm: attribute, 1 TiB private", 1, || see(vm.attribute(Gfn(gfn()))));
     least("vm: view, 1 TiB private", 1, || see(vm.view(Gfn(gfn()))));
@@ -150,12 +176,25 @@ fn vm() {
         side = side.other();
         set_attributes(&mut vm, gfn(), 1, side);
     });
+    let mut vm = private_vm(16 * GIB);
+    let mut near = random(16 * GIB);
+    least("vm: private fault on a random page of 16 GiB", 1, || {
+        let access = Access { gfn: Gfn(near()), claimed: Side::Private };
+        let _ = black_box(ops::run(&mut ops::Fault::new(access, Origin::Guest), &mut vm, |_, _, action| see(action)));
+    });
+    least("vm: make one, create a file of 64 TiB", 1, || {
+        let mut vm = Vm::new(Arch::SwProtected, Rules::default());
+        let _ = black_box(vm.create_file(64 << 40, 0, FileFlags::empty()));
+    });
     for (name, start, pages) in [("1 TiB", 0, TIB), ("1 TiB but for its edges", 1, TIB - 2)] {
         least(&format!("vm: make one, mark {name} private"), 1, || {
             let mut vm = Vm::new(Arch::SwProtected, Rules::default());
             set_attributes(&mut vm, start, pages, Side::Private);
             black_box(&vm);
         });
+        let mut vm = Vm::new(Arch::SwProtected, Rules::default());
+        set_attributes(&mut vm, start, pages, Side::Private);
+        println!("{name} private: {} bytes", vm.attribute_heap_bytes());
     }
 }
 
@@ -173,6 +212,8 @@ fn runs() {
     (0..100_000u64).for_each(|run| map.insert(run * 16, 8, Mapped(run << 32)));
     let mut page = random(1_600_000);
     least("runs: look up, of 100,000", 1, || see(map.get(page())));
+    least("runs: first run of 2 MiB, of 100,000", 1, || see(map.runs(page(), 512).next()));
+    least("runs: all runs of 2 MiB, of 100,000", 1, || see(map.runs(page(), 512).count()));
     least("runs: replace a page within a run, heal it", 2, || {
         let run = page() / 16;
         map.insert(run * 16 + 3, 1, Mapped(7));
@@ -202,6 +243,11 @@ fn snp() {
             rmp.pvalidate(Caller::vmpl0(Asid(1)), at, RmpSize::Page4K, to).expect("legal");
         };
         (0..PAGES).for_each(|pfn| give(&mut rmp, pfn));
+        if name == "one run" {
+            least("snp: copy the table, release its million pages, one run", 1, || {
+                see(rmp.clone().release(PfnRange::with_len(Pfn(0), PAGES).expect("a range")));
+            });
+        }
         for (order, step) in [("in order", 1), ("scattered", 389_399)] {
             let mut pfn = 0;
             least(&format!("snp: RMPUPDATE, {name}, {order}"), 2, || {
@@ -326,6 +372,12 @@ fn cca() {
     });
 }
 
+fn init_ripas() {
+    let cca = Cca::new(&Config::default()).expect("the version that is modelled");
+    let range = PageRange::with_len(Gfn(0), GIB).expect("a range");
+    least("cca: copy a realm, RTT_INIT_RIPAS of 1 GiB", 1, || see(cca.clone().convert(range, Side::Private)));
+}
+
 fn pkvm() {
     let vm = VmHandle(1);
     let mut el2 = El2::new(PfnRange::with_len(Pfn(0), 1 << 30).expect("a range"));
@@ -342,6 +394,11 @@ fn pkvm() {
         el2.guest_share_host(vm, Gfn(128)).expect("legal");
         el2.guest_unshare_host(vm, Gfn(128)).expect("legal");
     });
+    least("pkvm: host_donate_hyp, hyp_donate_host of 1 GiB", 2, || {
+        let range = PfnRange::with_len(Pfn(1 << 20), GIB).expect("a range");
+        el2.host_donate_hyp(range).expect("legal");
+        el2.hyp_donate_host(range).expect("legal");
+    });
     least("pkvm: host_share_hyp, host_unshare_hyp", 2, || {
         el2.host_share_hyp(Pfn(77)).expect("legal");
         el2.host_unshare_hyp(Pfn(77)).expect("legal");
@@ -357,5 +414,6 @@ fn main() {
     snp();
     tdx();
     cca();
+    init_ripas();
     pkvm();
 }

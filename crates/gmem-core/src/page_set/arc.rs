@@ -2,8 +2,10 @@
 
 use super::node::{Span, Values};
 
+/// Base-2 logarithm of the pages in a block.
+pub(super) const BLOCK_SHIFT: u32 = 9;
 /// Pages of a block.
-pub(super) const BLOCK: u32 = 512;
+const BLOCK: u32 = 1 << BLOCK_SHIFT;
 
 /// The pages of a block in the set, as one run on the circle that the block's pages form when the first follows the
 /// last: so all the pages but a run are one run too.

@@ -1,180 +1,93 @@
-//! The node of single pages: states of 2 MiB blocks, and bitmaps of those blocks that need one.
+//! The node of single pages, up to 1 GiB of them: a run per 2 MiB block, or a bitmap.
 
-use super::arc::Arc;
-use super::node::{Census, Node, Span, Values, Word, index};
+use super::arc::{Arc, BLOCK_SHIFT};
+use super::bitmap::Bitmap;
+use super::node::{Census, Node, Span, Values, index};
 use alloc::boxed::Box;
 use core::hash::{Hash, Hasher};
 use core::sync::atomic::{
-    AtomicU32,
-    Ordering::{Acquire, Relaxed, Release},
+    AtomicBool, AtomicU32,
+    Ordering::{Acquire, Release},
 };
 use once_cell::race::OnceBox;
 
-/// Base-2 logarithm of the pages in a block.
-const BLOCK_SHIFT: u32 = 9;
-/// Blocks whose bitmaps are allocated together.
-const GROUP: usize = 8;
-
-/// The pages of one block. A cache line.
-#[repr(align(64))]
-struct Bitmap([Word; 8]);
-
-impl Bitmap {
-    const fn empty() -> Self {
-        Self([const { Word::new(0) }; 8])
-    }
-
-    fn words(&self) -> [u64; 8] {
-        self.0.each_ref().map(Word::load)
-    }
-
-    fn word(&self, page: u64) -> &Word {
-        &self.0[index(page >> Word::SHIFT, 8)]
-    }
-
-    /// Shows what `arc` says.
-    fn fill(&self, arc: Arc) {
-        (0..).zip(&self.0).for_each(|(at, word)| word.store(arc.word(at)));
-    }
-
-    /// The words of a span and the part of it that each has.
-    fn parts(&self, span: Span) -> impl Iterator<Item = (u64, &Word, Span)> {
-        let (first, last) = span.children(Word::SHIFT);
-        (first..=last).map(move |at| (at, &self.0[index(at, 8)], span.part(at, Word::SHIFT)))
-    }
-
-    fn is_uniform(&self) -> Option<bool> {
-        let words = self.words();
-        let value = words[0] != 0;
-        words.iter().all(|&word| word == if value { u64::MAX } else { 0 }).then_some(value)
-    }
-}
-
-/// What is known of a block by one load.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Block {
-    Run(Arc),
-    /// Both values occur, and the bitmap says where.
-    Bitmap,
-}
-
-impl Block {
-    const BITMAP: u32 = u32::MAX;
-
-    #[inline]
-    fn from_bits(bits: u32) -> Self {
-        if bits == Self::BITMAP { Self::Bitmap } else { Self::Run(Arc::from_bits(bits)) }
-    }
-
-    fn bits(self) -> u32 {
-        match self {
-            Self::Run(arc) => arc.bits(),
-            Self::Bitmap => Self::BITMAP,
-        }
-    }
-
-    #[inline]
-    fn whole(self) -> Values {
-        match self {
-            Self::Run(arc) => arc.whole(),
-            Self::Bitmap => Values::MIXED,
-        }
-    }
-}
-
-/// `BLOCKS` blocks of 2 MiB, and `GROUPS` groups of them.
+/// `BLOCKS` blocks of 2 MiB, which are the pages of `WORDS` words.
 ///
-/// The states lie next to each other, 4 bytes per block, so that those of 1 TiB, 2 MiB, fit the caches of most
-/// machines: a query that a state answers does not wait for memory. A bitmap of a block whose state is a run is
-/// *detached*: what it holds means nothing.
-pub(super) struct Leaf<const BLOCKS: usize, const GROUPS: usize> {
+/// As long as the pages in the set are one run in each block, the blocks' states say what the pages are. They take 4 bytes
+/// per block: those of 1 TiB, 2 MiB, fit the caches of most machines, and a query does not wait for memory.
+///
+/// A block that cannot be said so makes the bitmap say it for all blocks. Then queries wait for memory, and the fewer
+/// instructions each takes, the more of them wait at the same time: the blocks are not even looked at. The bitmap stays
+/// until all pages are given one value at once; it is not given up as soon as all blocks are runs, which will often
+/// not be for long.
+///
+/// The form that is not in use is *detached*, and what it holds means nothing.
+pub(super) struct Leaf<const BLOCKS: usize, const WORDS: usize> {
     blocks: [AtomicU32; BLOCKS],
+    /// Of the blocks.
     census: Census,
-    bitmaps: [OnceBox<[Bitmap; GROUP]>; GROUPS],
+    has_bitmap: AtomicBool,
+    bitmap: OnceBox<Bitmap<WORDS>>,
 }
 
-impl<const BLOCKS: usize, const GROUPS: usize> Leaf<BLOCKS, GROUPS> {
-    fn place(block: u64) -> usize {
-        index(block, BLOCKS)
+/// The parts of a span, block by block.
+fn parts(span: Span) -> impl Iterator<Item = (u64, Span)> {
+    let (first, last) = span.children(BLOCK_SHIFT);
+    (first..=last).map(move |block| (block, span.part(block, BLOCK_SHIFT)))
+}
+
+impl<const BLOCKS: usize, const WORDS: usize> Leaf<BLOCKS, WORDS> {
+    /// The bitmap if it is attached.
+    #[inline]
+    fn bitmap(&self) -> Option<&Bitmap<WORDS>> {
+        // Acquire: see `attach` and `reset`.
+        if self.has_bitmap.load(Acquire) { self.bitmap.get() } else { None }
+    }
+
+    /// Attaches the bitmap.
+    #[cold]
+    fn attach(&self) -> &Bitmap<WORDS> {
+        let bitmap = self.bitmap.get_or_init(|| {
+            let bitmap = Box::new(Bitmap::blank());
+            bitmap.reset(false);
+            bitmap
+        });
+        // Each word at once, not by way of an empty bitmap: readers may be inside.
+        (0..BLOCKS as u64).for_each(|block| bitmap.put_block(block, self.block(block)));
+        // Release, for `bitmap`: a reader that sees a bitmap attached sees what it was filled with.
+        self.has_bitmap.store(true, Release);
+        bitmap
     }
 
     #[inline]
-    fn block(&self, block: u64) -> Block {
+    fn block(&self, block: u64) -> Arc {
         // Acquire: see `put`.
-        Block::from_bits(self.blocks[Self::place(block)].load(Acquire))
+        Arc::from_bits(self.blocks[index(block, BLOCKS)].load(Acquire))
     }
 
-    fn put(&self, block: u64, old: Block, new: Block) {
+    fn put(&self, block: u64, old: Arc, new: Arc) {
         if new != old {
-            // Release, for `block`: a reader that sees a bitmap attached sees what it was filled with.
-            self.blocks[Self::place(block)].store(new.bits(), Release);
+            // Release, for `block`: whoever sees this change also sees the changes that the writer made before it.
+            self.blocks[index(block, BLOCKS)].store(new.bits(), Release);
             self.census.replace(old.whole(), new.whole());
         }
     }
 
+    /// Gives a part of a block `value`, if the block then still is a run.
     #[inline]
-    fn bitmap(&self, block: u64) -> Option<&Bitmap> {
-        let block = Self::place(block);
-        self.bitmaps[block / GROUP].get().map(|group| &group[block % GROUP])
+    fn set_part(&self, block: u64, part: Span, value: bool) -> Option<()> {
+        let old = self.block(block);
+        old.set(part, value).map(|new| self.put(block, old, new))
     }
 
-    /// Attaches the bitmap of a block that is `arc`.
-    fn attach(&self, block: u64, arc: Arc) -> &Bitmap {
-        let place = Self::place(block);
-        let group = self.bitmaps[place / GROUP].get_or_init(|| Box::new([const { Bitmap::empty() }; GROUP]));
-        let bitmap = &group[place % GROUP];
-        bitmap.fill(arc);
-        self.put(block, Block::Run(arc), Block::Bitmap);
-        bitmap
-    }
-
-    fn set_part(&self, block: u64, part: Span, value: bool) {
-        match self.block(block) {
-            Block::Run(arc) => match arc.set(part, value) {
-                Some(new) => self.put(block, Block::Run(arc), Block::Run(new)),
-                None => self.attach(block, arc).parts(part).for_each(|(_, word, part)| word.set(part, value)),
-            },
-            old if part.is_whole(BLOCK_SHIFT) => self.put(block, old, Block::Run(Arc::uniform(value))),
-            Block::Bitmap => {
-                let Some(bitmap) = self.bitmap(block) else { return };
-                bitmap.parts(part).for_each(|(_, word, part)| word.set(part, value));
-                self.detach_uniform(block, bitmap);
-            }
-        }
-    }
-
-    /// Detaches the bitmap of a block if its last page of one value has gone. A run that remains stays a bitmap, which
-    /// will often be needed again.
-    fn detach_uniform(&self, block: u64, bitmap: &Bitmap) {
-        if let Some(value) = bitmap.is_uniform() {
-            self.put(block, Block::Bitmap, Block::Run(Arc::uniform(value)));
-        }
-    }
-
-    /// The parts of a span, block by block.
-    fn parts(span: Span) -> impl Iterator<Item = (u64, Span)> {
-        let (first, last) = span.children(BLOCK_SHIFT);
-        (first..=last).map(move |block| (block, span.part(block, BLOCK_SHIFT)))
-    }
-
-    fn values_in_part(&self, block: u64, part: Span) -> Values {
-        match self.block(block) {
-            Block::Run(arc) => arc.values(part),
-            Block::Bitmap if part.is_whole(BLOCK_SHIFT) => Values::MIXED,
-            Block::Bitmap => self.bitmap(block).map_or(Values::NONE, |bitmap| {
-                bitmap.parts(part).fold(Values::NONE, |found, (_, word, part)| found.with(word.values(part)))
-            }),
-        }
-    }
-
-    /// The block in the only form that its pages have: a run if they are one.
+    /// A block in the only form that its pages have: a run if they are one.
     fn canonical(&self, block: u64) -> Result<Arc, [u64; 8]> {
-        match self.block(block) {
-            Block::Run(arc) => Ok(arc),
-            Block::Bitmap => {
-                let words = self.bitmap(block).map_or([0; 8], Bitmap::words);
+        match self.bitmap() {
+            Some(bitmap) => {
+                let words = bitmap.block(block);
                 Arc::of_words(words).ok_or(words)
             }
+            None => Ok(self.block(block)),
         }
     }
 
@@ -183,61 +96,66 @@ impl<const BLOCKS: usize, const GROUPS: usize> Leaf<BLOCKS, GROUPS> {
     }
 }
 
-impl<const BLOCKS: usize, const GROUPS: usize> Node for Leaf<BLOCKS, GROUPS> {
+impl<const BLOCKS: usize, const WORDS: usize> Node for Leaf<BLOCKS, WORDS> {
     const SHIFT: u32 = BLOCK_SHIFT + BLOCKS.trailing_zeros();
 
     fn uniform(value: bool) -> Self {
-        let bits = Block::Run(Arc::uniform(value)).bits();
         Self {
-            blocks: core::array::from_fn(|_| AtomicU32::new(bits)),
+            blocks: core::array::from_fn(|_| AtomicU32::new(Arc::uniform(value).bits())),
             census: Census::of(BLOCKS as u64, Values::only(value)),
-            bitmaps: [const { OnceBox::new() }; GROUPS],
+            has_bitmap: AtomicBool::new(false),
+            bitmap: OnceBox::new(),
         }
     }
 
     fn reset(&self, value: bool) {
         if self.whole() != Values::only(value) {
-            let bits = Block::Run(Arc::uniform(value)).bits();
-            self.blocks.iter().for_each(|block| block.store(bits, Release));
+            self.blocks.iter().for_each(|block| block.store(Arc::uniform(value).bits(), Release));
             self.census.set(BLOCKS as u64, Values::only(value));
+            // Release, for `bitmap`: a reader that sees it detached sees what the blocks are.
+            self.has_bitmap.store(false, Release);
         }
     }
 
     #[inline]
     fn whole(&self) -> Values {
-        self.census.values()
+        self.bitmap().map_or_else(|| self.census.values(), Bitmap::whole)
     }
 
     #[inline]
     fn get(&self, page: u64) -> bool {
-        let block = page >> BLOCK_SHIFT;
-        match self.block(block) {
-            Block::Run(arc) => arc.get(page),
-            Block::Bitmap => self.bitmap(block).is_some_and(|bitmap| bitmap.word(page).get(page)),
+        match self.bitmap() {
+            Some(bitmap) => bitmap.get(page),
+            None => self.block(page >> BLOCK_SHIFT).get(page),
         }
     }
 
     fn set(&self, span: Span, value: bool) {
-        Self::parts(span).for_each(|(block, part)| self.set_part(block, part, value));
+        let has_runs = || parts(span).try_for_each(|(block, part)| self.set_part(block, part, value));
+        match self.bitmap() {
+            Some(bitmap) => bitmap.set(span, value),
+            None => has_runs().unwrap_or_else(|| self.attach().set(span, value)),
+        }
     }
 
     #[inline]
     fn set_page(&self, page: u64, value: bool) -> bool {
-        let block = page >> BLOCK_SHIFT;
-        if self.blocks[Self::place(block)].load(Relaxed) != Block::BITMAP {
-            self.set_part(block, Span::page(page & ((1 << BLOCK_SHIFT) - 1)), value);
-        } else if let Some(bitmap) = self.bitmap(block)
-            && bitmap.word(page).set_page(page, value)
-        {
-            self.detach_uniform(block, bitmap);
+        if let Some(bitmap) = self.bitmap() {
+            return bitmap.set_page(page, value);
         }
-        self.whole() != Values::MIXED
+        match self.set_part(page >> BLOCK_SHIFT, Span::page(page & ((1 << BLOCK_SHIFT) - 1)), value) {
+            Some(()) => self.whole() != Values::MIXED,
+            None => self.attach().set_page(page, value),
+        }
     }
 
     fn values(&self, span: Span) -> Values {
+        if let Some(bitmap) = self.bitmap() {
+            return bitmap.values(span);
+        }
         let mut values = Values::NONE;
-        for (block, part) in Self::parts(span) {
-            values = values.with(self.values_in_part(block, part));
+        for (block, part) in parts(span) {
+            values = values.with(self.block(block).values(part));
             if values == Values::MIXED {
                 break;
             }
@@ -246,64 +164,57 @@ impl<const BLOCKS: usize, const GROUPS: usize> Node for Leaf<BLOCKS, GROUPS> {
     }
 
     fn find(&self, span: Span, value: bool) -> Option<u64> {
-        Self::parts(span).find_map(|(block, part)| {
-            let page = match self.block(block) {
-                Block::Run(arc) => arc.find(part, value),
-                Block::Bitmap => self
-                    .bitmap(block)?
-                    .parts(part)
-                    .find_map(|(index, word, part)| Some(index << Word::SHIFT | word.find(part, value)?)),
-            };
-            Some((block << BLOCK_SHIFT) + page?)
-        })
+        match self.bitmap() {
+            Some(bitmap) => bitmap.find(span, value),
+            None => parts(span).find_map(|(block, part)| {
+                let page = self.block(block).find(part, value)?;
+                Some((block << BLOCK_SHIFT) + page)
+            }),
+        }
     }
 
     fn count(&self, span: Span) -> u64 {
-        let in_part = |(block, part)| match self.block(block) {
-            Block::Run(arc) => arc.count(part),
-            Block::Bitmap => {
-                self.bitmap(block).map_or(0, |bitmap| bitmap.parts(part).map(|(_, word, part)| word.count(part)).sum())
-            }
-        };
-        Self::parts(span).map(in_part).sum()
+        match self.bitmap() {
+            Some(bitmap) => bitmap.count(span),
+            None => parts(span).map(|(block, part)| self.block(block).count(part)).sum(),
+        }
     }
 
     fn heap_bytes(&self) -> usize {
-        self.bitmaps.iter().filter(|group| group.get().is_some()).count() * size_of::<[Bitmap; GROUP]>()
+        self.bitmap.get().map_or(0, size_of_val)
     }
 }
 
-impl<const BLOCKS: usize, const GROUPS: usize> Clone for Leaf<BLOCKS, GROUPS> {
-    /// Copies what the pages are, in their only form. While a writer is at work a bitmap may have become a run.
+impl<const BLOCKS: usize, const WORDS: usize> Clone for Leaf<BLOCKS, WORDS> {
+    /// Copies what the pages are, with a bitmap only if some block is no run.
     fn clone(&self) -> Self {
-        let copy = Self {
-            blocks: [const { AtomicU32::new(0) }; BLOCKS],
-            census: Census::of(BLOCKS as u64, Values::only(false)),
-            bitmaps: [const { OnceBox::new() }; GROUPS],
+        let copy = Self::uniform(false);
+        // While a writer is at work, a bitmap keeps what it shows only if it is a copy.
+        let bitmap = self.bitmap().cloned();
+        let run = |block| match &bitmap {
+            Some(bitmap) => Arc::of_words(bitmap.block(block)),
+            None => Some(self.block(block)),
         };
-        for (block, state) in (0..).zip(self.all_canonical()) {
-            let before = Block::Run(Arc::uniform(false));
-            match state {
-                Ok(arc) => copy.put(block, before, Block::Run(arc)),
-                Err(words) => {
-                    let bitmap = copy.attach(block, Arc::uniform(false));
-                    bitmap.0.iter().zip(words).for_each(|(word, bits)| word.store(bits));
-                }
-            }
+        let has_runs = (0..BLOCKS as u64).try_for_each(|block| {
+            copy.put(block, Arc::uniform(false), run(block)?);
+            Some(())
+        });
+        if let (None, Some(bitmap)) = (has_runs, bitmap) {
+            copy.has_bitmap.store(copy.bitmap.set(Box::new(bitmap)).is_ok(), Release);
         }
         copy
     }
 }
 
-impl<const BLOCKS: usize, const GROUPS: usize> PartialEq for Leaf<BLOCKS, GROUPS> {
+impl<const BLOCKS: usize, const WORDS: usize> PartialEq for Leaf<BLOCKS, WORDS> {
     fn eq(&self, other: &Self) -> bool {
         self.all_canonical().eq(other.all_canonical())
     }
 }
 
-impl<const BLOCKS: usize, const GROUPS: usize> Eq for Leaf<BLOCKS, GROUPS> {}
+impl<const BLOCKS: usize, const WORDS: usize> Eq for Leaf<BLOCKS, WORDS> {}
 
-impl<const BLOCKS: usize, const GROUPS: usize> Hash for Leaf<BLOCKS, GROUPS> {
+impl<const BLOCKS: usize, const WORDS: usize> Hash for Leaf<BLOCKS, WORDS> {
     fn hash<H: Hasher>(&self, state: &mut H) {
         for block in self.all_canonical() {
             match block {

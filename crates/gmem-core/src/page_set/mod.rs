@@ -3,30 +3,30 @@
 //!
 //! # Shape
 //!
-//! A tree of *branches*, whose children are two bits each where their pages are all alike, over *leaves* with one word of
-//! state for each 2 MiB block. That state says alone what the block's pages are if those in the set are one run (one odd
-//! page, the edge of a range, all, none); any other block has a bitmap. So the size of the set costs nothing, a range
-//! operation costs what its two edges cost, whether the range is 4 KiB or 1 TiB, and the state of a set with some odd
-//! pages in every block of 1 TiB still fits into a processor's caches: a query that has to wait for memory waits once.
+//! A tree of *branches*, whose children have a byte each that says whether their pages are all alike, over *leaves* of 1 GiB. A
+//! leaf has one word of state for each 2 MiB block as long as that word can say what the block's pages are: those in the set
+//! are one run (one odd page, the edge of a range, all, none). Otherwise the leaf has a bitmap. So the size of the set costs
+//! nothing, a range operation costs what its two edges cost and a byte for each 1 GiB between them, and the state of a set with
+//! some odd pages in every block of 1 TiB still fits into a processor's caches. Where it does not, a query waits for memory once.
 //!
 //! | node | memory covered | bytes |
 //! |---|---|---|
-//! | bitmap of a block, allocated by eights | 2 MiB | 64 |
-//! | leaf of 512 blocks | 1 GiB | 2568 |
-//! | branch of 64 leaves, for sets of up to 64 GiB | 64 GiB | 536 |
-//! | branch of 2048 leaves, for larger sets | 2 TiB | 16904 |
-//! | branch of 2048 branches | 4 PiB | 16904 |
+//! | leaf of 512 blocks | 1 GiB | 2064 |
+//! | bitmap of a leaf | 1 GiB | 32776 |
+//! | branch of 64 leaves, for sets of up to 64 GiB | 64 GiB | 584 |
+//! | branch of 2048 leaves, for larger sets | 2 TiB | 18440 |
+//! | branch of 2048 branches | 4 PiB | 18440 |
 //!
 //! The depth follows from the capacity, and nodes are allocated where a set becomes mixed. Up to 64 pages the set is one
-//! word, and up to 16 MiB it is eight block states; both need no allocation but that of bitmaps. At worst, one mixed page
-//! in each 1 GiB, a set takes 1/400,000 of the memory described; where every block needs its bitmap, 1/30,000 (35 MiB
+//! word, and up to 16 MiB it is a leaf of eight blocks; both need no allocation but the leaf's bitmap. At worst, one mixed page
+//! in each 1 GiB, a set without bitmaps takes 1/500,000 of the memory described; with a bitmap in each leaf, 1/30,000 (34 MiB
 //! for 1 TiB).
 //!
 //! # Memory that is kept
 //!
 //! A node that becomes uniform again is found uniform at once, but stays allocated until the set is dropped: a reader
-//! may be inside, and a guest that converts a page back and forth should not allocate each time. A clone has no such
-//! spare nodes, and no bitmap of a block that needs none. [`PageSet::heap_bytes`] counts them.
+//! may be inside, and a guest that converts a page back and forth should not allocate each time. So does a bitmap. A clone
+//! has no such spare nodes, and bitmaps only in leaves with a block that is no run. [`PageSet::heap_bytes`] counts them.
 //!
 //! # Readers and the writer
 //!
@@ -40,15 +40,16 @@
 //! keep their value all the time. The truth at a moment is what a descent would find if nothing moved meanwhile. The
 //! argument, for a reader that descends from the root:
 //!
-//! 1. A node's tag for a child (uniform with a value, or mixed) is read by one load, and so are the state of a block and a
-//!    page in a bitmap. While the node is attached, that is reachable by mixed tags only, what this load sees is true at
-//!    that moment. A bitmap is the child of its block's state in this sense: attached while the state says bitmap.
-//! 2. A node that the reader is in may be detached by the writer: an ancestor's tag becomes uniform, or a block a run.
-//!    Until it is attached again it keeps the contents that it had at that moment, which lies after the reader passed the
-//!    tag and thus during the call. So what the reader sees there was true then.
-//! 3. Before a detached node is attached again it is reset to what the tag above it says, and a bitmap to the run. A reader
-//!    that is still inside sees the old contents (2), or the reset ones, which are what the tag says and hence true. Only
-//!    then does the tag become mixed, and only then does a page change.
+//! 1. A node's tag for a child (uniform with a value, or mixed) is read by one load, and so are the state of a block, a
+//!    page in a bitmap, and which of these two a leaf uses. While the node is attached, that is reachable by mixed tags only,
+//!    what this load sees is true at that moment. The blocks and the bitmap of a leaf are its children in this sense: the one
+//!    in use is attached.
+//! 2. A node that the reader is in may be detached by the writer: an ancestor's tag becomes uniform, or the leaf turns
+//!    from its blocks to the bitmap. Until it is attached again it keeps the contents that it had at that moment, which lies
+//!    after the reader passed the tag and thus during the call. So what the reader sees there was true then.
+//! 3. Before a detached node is attached again it is reset to what the tag above it says, and a bitmap to what the blocks
+//!    say, each word by one store. A reader that is still inside sees the old contents (2), or the new ones, which are what
+//!    the tag or the blocks say and hence true. Only then is it attached, and only then does a page change.
 //! 4. A child becomes uniform by single pages only after the last page has changed, so its tag then tells no more than
 //!    what is true already. A range that covers a child whole needs only the tag: that store is the moment of change.
 //!
@@ -63,34 +64,36 @@
 //! writer or, as the fault path does, checks a sequence count afterwards.
 
 mod arc;
+mod bitmap;
 mod branch;
 mod leaf;
 mod node;
 #[cfg(test)]
 mod tests;
 
+use bitmap::Bitmap;
 use branch::Branch;
 use core::fmt;
 use leaf::Leaf;
-use node::{Node, Span, Values, Word};
+use node::{Node, Span, Values};
 
 /// The largest capacity: all pages of a byte address space of 64 bits.
 pub const MAX_PAGES: u64 = 1 << 52;
 
-type Pages12 = Leaf<8, 1>;
-type Pages18 = Leaf<512, 64>;
-type Pages24 = Branch<Pages18, 64, 2>;
-type Pages29 = Branch<Pages18, 2048, 64>;
-type Pages40 = Branch<Pages29, 2048, 64>;
-type Pages52 = Branch<Pages40, 4096, 128>;
+type Pages12 = Leaf<8, 64>;
+type Pages18 = Leaf<512, 4096>;
+type Pages24 = Branch<Pages18, 64>;
+type Pages29 = Branch<Pages18, 2048>;
+type Pages40 = Branch<Pages29, 2048>;
+type Pages52 = Branch<Pages40, 4096>;
 /// Holds a large node, once it is needed.
-type Lazy<N> = Branch<N, 1, 1>;
+type Lazy<N> = Branch<N, 1>;
 
 /// The depth is part of the type, so that a descent is straight code without a loop. Named by the base-2 logarithm of
 /// the pages below.
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Root {
-    Pages6(Word),
+    Pages6(Bitmap<1>),
     Pages12(Pages12),
     Pages18(Lazy<Pages18>),
     Pages24(Lazy<Pages24>),
@@ -180,16 +183,17 @@ impl PageSet {
     ///
     /// Calls must not overlap in time with one another. A call allocates when a block becomes mixed for the first time.
     pub fn set(&self, start: u64, len: u64, value: bool) {
+        if len == 1 && start < self.pages.saturating_sub(1) {
+            // Above the root there is no tag to correct.
+            let _ = at_root!(&self.root, node => node.set_page(start, value));
+            return;
+        }
         match self.inside(start, len) {
             None => {}
             // The pages of the tree beyond the capacity always are as the last page is, so that a set that is uniform below
             // its capacity is uniform as a tree.
             Some(Span { first, last }) if last + 1 == self.pages => {
                 at_root!(&self.root, node => node.set(Span { first, last: last_of(node) }, value));
-            }
-            Some(span) if span.first == span.last => {
-                // Above the root there is no tag to correct.
-                let _ = at_root!(&self.root, node => node.set_page(start, value));
             }
             Some(span) => at_root!(&self.root, node => node.set(span, value)),
         }

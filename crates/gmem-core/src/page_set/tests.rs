@@ -275,6 +275,44 @@ fn a_spare_node_has_no_memory_of_its_past() {
     assert_eq!(runs, [(0, 5, true), (5, 1, false), (6, GIB - 6, true)]);
 }
 
+/// A block that is no run costs the bitmap of its 1 GiB, however many blocks follow it.
+#[test]
+fn at_worst_a_set_takes_the_memory_of_a_bitmap_and_a_tenth() {
+    let pages = MANY;
+    let set = PageSet::with_capacity(pages, false);
+    let leaves = || (0..pages / GIB).map(|leaf| leaf * GIB);
+    leaves().for_each(|leaf| set.set(leaf + 512, 1, true));
+    let runs = set.heap_bytes() as u64;
+    leaves().for_each(|leaf| set.set(leaf + 514, 1, true));
+    let bitmaps = set.heap_bytes() as u64 - runs;
+    assert!((pages / 8..pages / 8 + 64 * (pages / GIB)).contains(&bitmaps), "{bitmaps} bytes of bitmaps");
+    assert!(cfg!(miri) || runs + bitmaps < pages / 8 * 11 / 10, "{} bytes", runs + bitmaps);
+    (0..GIB).step_by(if cfg!(miri) { 1022 } else { 2 }).for_each(|page| set.set(page, 1, true));
+    assert_eq!(set.heap_bytes() as u64, runs + bitmaps);
+    assert_eq!(set.clone().heap_bytes() as u64, runs + bitmaps);
+}
+
+#[test]
+fn a_bitmap_is_kept_for_later_and_not_copied_when_it_is_not_needed() {
+    let set = PageSet::with_capacity(2 * GIB, false);
+    set.set(1, 1, true);
+    let run = set.heap_bytes();
+    set.set(3, 1, true);
+    let bitmap = set.heap_bytes();
+    assert!(run < 24 * 1024 && bitmap > run + 32 * 1024, "{run} and {bitmap} bytes");
+    let heap_after = |changes: &[(u64, u64, bool)]| {
+        changes.iter().for_each(|&(start, len, value)| set.set(start, len, value));
+        assert_eq!(set.heap_bytes(), bitmap);
+        set.clone().heap_bytes()
+    };
+    assert_eq!(heap_after(&[(2, 1, true)]), run, "all blocks are runs again");
+    assert_eq!(heap_after(&[(1, 3, false)]), 0, "all pages are alike again");
+    assert_eq!(heap_after(&[(5, 1, true), (7, 1, true)]), bitmap);
+    assert_eq!(heap_after(&[(0, GIB, true), (9, 1, false)]), run);
+    assert_eq!(heap_after(&[(11, 1, false)]), bitmap);
+    assert_eq!(set.runs(0, GIB).map(|(start, ..)| start).collect::<Vec<_>>(), [0, 9, 10, 11, 12]);
+}
+
 #[test]
 fn debug_shows_the_contents() {
     let set = PageSet::with_capacity(0x1000, false);
@@ -315,13 +353,9 @@ fn values_after(cycle: &Log, probes: &[u64]) -> Vec<Vec<bool>> {
 
 /// What a reader gets is the value after some step between the last one done before the call and the last one begun
 /// before its end.
-#[test]
-fn readers_see_only_values_that_were_true_during_the_call() {
-    let pages = 2 * GIB + 100;
-    let cycle = cycle(pages);
-    let probes = [0, 1, 63, 64, 69, 70, 71, LEAF, LEAF + 8, LEAF + 9, GIB - 1, GIB, GIB + 70, 2 * GIB, pages - 1];
-    let values = values_after(&cycle, &probes);
-    let set = PageSet::with_capacity(pages, false);
+fn readers_agree_with(cycle: &Log, probes: &[u64]) {
+    let values = values_after(cycle, probes);
+    let set = PageSet::with_capacity(cycle.pages, cycle.initial);
     let (begun, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let last = cycle.changes.len() * if cfg!(miri) { 2 } else { 20_000 };
 
@@ -341,7 +375,7 @@ fn readers_see_only_values_that_were_true_during_the_call() {
             );
         }
     };
-    set.set(0, pages, false);
+    apply(&set, &cycle.changes[..1]);
     thread::scope(|scope| {
         scope.spawn(|| read(1));
         scope.spawn(|| read(2));
@@ -352,6 +386,25 @@ fn readers_see_only_values_that_were_true_during_the_call() {
             done.store(step, Ordering::Release);
         }
     });
+}
+
+#[test]
+fn readers_see_only_values_that_were_true_during_the_call() {
+    let pages = 2 * GIB + 100;
+    let probes = [0, 1, 63, 64, 69, 70, 71, LEAF, LEAF + 8, LEAF + 9, GIB - 1, GIB, GIB + 70, 2 * GIB, pages - 1];
+    readers_agree_with(&cycle(pages), &probes);
+}
+
+/// Blocks that are no run, in a leaf that again and again becomes uniform. Most of its pages have one value all the time, so
+/// that a reader who is held up for long still may see nothing else.
+#[test]
+fn readers_see_only_true_values_while_a_leaf_changes_its_form() {
+    for value in [false, true] {
+        let odd = |page| Change { start: page, len: 1, value: !value };
+        let all = Change { start: 0, len: GIB, value };
+        let cycle = Log { pages: 2 * GIB, initial: value, changes: vec![all, odd(5), odd(7), odd(600)] };
+        readers_agree_with(&cycle, &[0, 4, 5, 6, 8, 599, 600, LEAF, GIB - 1, GIB]);
+    }
 }
 
 /// Pages enter the set one by one, from the last to the first; who has seen a page in it also sees all later ones.
