@@ -10,6 +10,8 @@ extern crate alloc;
 
 pub mod addr;
 pub mod arch;
+#[cfg(test)]
+mod effort;
 pub mod file;
 pub mod invalidate;
 pub mod measure;

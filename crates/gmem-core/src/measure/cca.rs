@@ -286,7 +286,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
     fn empty_realm() {
         let rim = Rim::new(&params(HashAlgo::Sha256));
         assert_eq!(hex(rim.value()), "6739dfb22b75ee1268d08dfa8369f501bc0b066243553f069f560d1fa1172973");
@@ -294,7 +293,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
     fn only_a_runnable_rec_is_measured() {
         let empty = Rim::new(&params(HashAlgo::Sha256));
         let mut rim = empty;
@@ -305,7 +303,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
     fn contents_count_only_when_measured() {
         let empty = Rim::new(&params(HashAlgo::Sha512));
         let run = |flags, fill| {
@@ -329,7 +326,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
     fn the_callback_sees_every_running_value() {
         let mut seen = Vec::new();
         let end = measure(&params(HashAlgo::Sha256), ripas_entries(0, 0x3000), |_, rim| seen.push(*rim));

@@ -381,7 +381,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
     fn an_image_is_measured_section_by_section() {
         let mut pages = Vec::new();
         let mrtd = measure_tdvf(&image(0), &mut |page| pages.push((page.gpa, page.extended))).unwrap();

@@ -1,4 +1,5 @@
 use super::*;
+use crate::effort::{cases, few};
 use alloc::vec::Vec;
 use proptest::prelude::*;
 
@@ -79,8 +80,11 @@ fn no_pages_change_nothing() {
     assert_eq!((map.run_count(), map.runs(8, 0).count()), (1, 0));
 }
 
+/// Enough for many chunks.
+const PAGES: u64 = few(300, 2000) as u64;
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 256 }))]
+    #![proptest_config(ProptestConfig::with_cases(cases(256)))]
 
     #[test]
     fn queried_runs_are_cut_to_the_range(
@@ -113,13 +117,12 @@ proptest! {
 
     /// The other tests fit into one chunk.
     #[test]
-    #[cfg_attr(miri, ignore = "enumerates much, in safe code only")]
     fn many_chunks_agree_with_one_value_per_page(
-        stride in 1u64..4, ops in prop::collection::vec((0u64..2000, 0u64..600, 0u8..4, any::<bool>()), 1..40),
+        stride in 1u64..4, ops in prop::collection::vec((0u64..PAGES, 0u64..600, 0u8..4, any::<bool>()), 1..few(4, 40)),
     ) {
         let mut map = RunMap::new();
-        let mut oracle: Vec<Option<Value>> = Vec::from_iter((0..2600).map(|_| None));
-        for page in (0..2000).step_by(usize::try_from(stride).unwrap()) {
+        let mut oracle: Vec<Option<Value>> = Vec::from_iter((0..PAGES + 600).map(|_| None));
+        for page in (0..PAGES).step_by(usize::try_from(stride).unwrap()) {
             let value = Value::Moving(page * 7 % 1001);
             map.insert(page, 1, value.clone());
             oracle[usize::try_from(page).unwrap()] = Some(value);
@@ -137,14 +140,14 @@ proptest! {
             prop_assert_eq!(&map.get(page as u64), want);
         }
         let mut rebuilt = RunMap::new();
-        for page in (0..2600).rev() {
-            if let Some(value) = &oracle[page] { rebuilt.insert(page as u64, 1, value.clone()) }
+        for page in (0..PAGES + 600).rev() {
+            if let Some(value) = &oracle[usize::try_from(page).unwrap()] { rebuilt.insert(page, 1, value.clone()) }
         }
         prop_assert_eq!(map, rebuilt);
     }
 
     #[test]
-    fn agrees_with_one_value_per_page(ops in prop::collection::vec((0u64..64, 0u64..20, 0u8..4, any::<bool>()), 1..if cfg!(miri) { 12 } else { 60 })) {
+    fn agrees_with_one_value_per_page(ops in prop::collection::vec((0u64..64, 0u64..20, 0u8..4, any::<bool>()), 1..few(12, 60))) {
         let mut map = RunMap::new();
         let mut oracle: [Option<Value>; 96] = [const { None }; 96];
         for (start, len, kind, insert) in ops {

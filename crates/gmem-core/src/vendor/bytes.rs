@@ -272,16 +272,16 @@ pub fn sev(bytes: &[u8]) -> Result<usize, Violation> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::effort::{cases, few};
     use proptest::prelude::*;
 
     type Entry = fn(&[u8]) -> Result<usize, Violation>;
     const ENTRIES: [(&str, Entry); 5] = [("snp", snp), ("tdx", tdx), ("cca", cca), ("pkvm", pkvm), ("sev", sev)];
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(ProptestConfig::with_cases(cases(64)))]
         #[test]
-        #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
-        fn refused_commands_change_nothing(bytes in prop::collection::vec(any::<u8>(), 0..1600)) {
+        fn refused_commands_change_nothing(bytes in prop::collection::vec(any::<u8>(), 0..few(40, 1600))) {
             for (name, entry) in ENTRIES {
                 prop_assert!(entry(&bytes).is_ok(), "{}: {:?}", name, entry(&bytes));
             }
@@ -290,10 +290,9 @@ mod tests {
 
     /// A decoder whose commands are all refused would test nothing.
     #[test]
-    #[cfg_attr(miri, ignore = "hashes much, in safe code only")]
     fn commands_meet() {
         let mut state = 1u64;
-        let bytes: Vec<u8> = (0..20_000)
+        let bytes: Vec<u8> = (0..few(160, 20_000))
             .map(|_| {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 state.to_le_bytes()[5]

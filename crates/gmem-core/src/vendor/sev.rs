@@ -303,6 +303,7 @@ impl Sev {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::effort::{cases, few};
     use alloc::vec;
     use alloc::vec::Vec;
     use proptest::prelude::*;
@@ -507,10 +508,10 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 256 }))]
+        #![proptest_config(ProptestConfig::with_cases(cases(256)))]
 
         #[test]
-        fn random_commands_agree_with_a_model_of_pages(es: bool, ops in prop::collection::vec(op(), 1..60)) {
+        fn random_commands_agree_with_a_model_of_pages(es: bool, ops in prop::collection::vec(op(), 1..few(8, 60))) {
             let kind = if es { SevKind::SevEs } else { SevKind::Sev };
             let (mut sev, mut naive) = (Sev::new(kind), Naive::default());
             for op in ops {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::addr::{Gfn, GfnRange, Level, PageRange, Pfn, PfnRange};
+use crate::effort::{cases, few, some};
 use crate::vendor::{
     Acceptance, AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
     PopulateKind, Side, Status,
@@ -49,7 +50,6 @@ fn states(el2: &El2) -> (PageState, PageState, PageState) {
 
 /// From the state that some calls lead to, one more call: the error, or the states of host, hypervisor and guest.
 #[test]
-#[cfg_attr(miri, ignore = "enumerates much, in safe code only")]
 fn every_call_from_every_state() {
     use Error::{Again, Busy, HwPoison, NoEnt, Perm};
     let refused = Err::<(PageState, PageState, PageState), Error>;
@@ -97,7 +97,7 @@ fn every_call_from_every_state() {
         ("force_reclaim", FORCE, [again, p, again, again, again, Ok(poison), again, again]),
     ];
     for (name, call, row) in table {
-        for ((start, way), want) in starts.into_iter().zip(row) {
+        for ((start, way), want) in some(starts.into_iter().zip(row), 3) {
             let mut el2 = machine();
             way.iter().for_each(|call| call(&mut el2).unwrap());
             let before = el2.clone();
@@ -251,9 +251,9 @@ fn assert_one_owner(el2: &El2) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 256 }))]
+    #![proptest_config(ProptestConfig::with_cases(cases(256)))]
     #[test]
-    fn random_calls_keep_one_owner(ops in prop::collection::vec(op(), 1..120)) {
+    fn random_calls_keep_one_owner(ops in prop::collection::vec(op(), 1..few(12, 120))) {
         let mut el2 = machine();
         for op in ops {
             let before = el2.clone();

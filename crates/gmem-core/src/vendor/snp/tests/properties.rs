@@ -1,6 +1,7 @@
 //! Random commands against the invariants of the specification, and against a table of pages.
 
 use super::*;
+use crate::effort::{cases, few};
 use alloc::collections::BTreeSet;
 
 /// What the specification states about every reachable table.
@@ -82,10 +83,10 @@ impl Naive {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 256 }, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig::with_cases(cases(256)))]
 
     #[test]
-    fn random_commands_keep_the_invariants(stream in prop::collection::vec(any::<[u8; 8]>(), 1..200)) {
+    fn random_commands_keep_the_invariants(stream in prop::collection::vec(any::<[u8; 8]>(), 1..few(20, 200))) {
         let mut machine = launching();
         for bytes in stream {
             let command = Command::decode(bytes);
@@ -97,7 +98,7 @@ proptest! {
     }
 
     #[test]
-    fn rmpupdate_agrees_with_a_table_of_pages(stream in prop::collection::vec(any::<[u8; 8]>(), 1..60)) {
+    fn rmpupdate_agrees_with_a_table_of_pages(stream in prop::collection::vec(any::<[u8; 8]>(), 1..few(4, 60))) {
         let mut machine = machine();
         for mut bytes in stream {
             bytes[0] %= 12;
@@ -115,7 +116,7 @@ proptest! {
 
     #[test]
     fn releasing_a_range_is_releasing_each_of_its_entries(
-        stream in prop::collection::vec(any::<[u8; 8]>(), 1..80), start in 0u64..2047, len in 1u64..1600,
+        stream in prop::collection::vec(any::<[u8; 8]>(), 1..few(16, 80)), start in 0u64..2047, len in 1u64..1600,
     ) {
         let mut machine = machine();
         for bytes in stream {
@@ -150,7 +151,7 @@ fn a_byte_stream_reaches_every_kind_of_state() {
         let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb).to_le_bytes()
     };
-    let count = if cfg!(miri) { 400 } else { 40_000 };
+    let count = few(100, 40_000);
     let bytes: Vec<u8> = (0..count).flat_map(|_| random()).collect();
     let done = run_bytes(&mut machine, &bytes, |machine| {
         seen.extend(machine.rmp.all_runs().map(|(_, entry)| entry.state()));

@@ -1,6 +1,7 @@
 //! Random commands, legal and illegal, against what has to be true of any TD at any time.
 
 use super::*;
+use crate::effort::{cases, few};
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
 use proptest::prelude::*;
@@ -200,14 +201,14 @@ fn start(depth: u8, finalized: bool, mapped: bool, tlbs: &mut [Tlb; 2]) -> Resul
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 256 }))]
+    #![proptest_config(ProptestConfig::with_cases(cases(256)))]
 
     #[test]
     fn invariants_hold_after_every_command(
         depth in prop_oneof![1 => 0u8..2, 4 => 2u8..4],
         finalized in prop::bool::weighted(0.75),
         mapped in prop::bool::weighted(0.75),
-        steps in prop::collection::vec(step(), 1..80),
+        steps in prop::collection::vec(step(), 1..few(8, 80)),
     ) {
         let mut tlbs = <[Tlb; 2]>::default();
         let mut td = start(depth, finalized, mapped, &mut tlbs)?;
