@@ -1,8 +1,8 @@
 //! A map from pages to values that stores one entry per run of pages whose values continue one another.
 //!
 //! The runs lie in ascending order in chunks, which are short enough to shift and to search in a few cache lines; fences
-//! between the chunks say which chunk to search. A change of one page searches once and then works in place. A tree of
-//! single runs, which this was, needs up to seven descents for that.
+//! between the chunks say which chunk to search. A change of one page searches once, also where it depends on what the page
+//! has ([`RunMap::span`]), and then works in place. A tree of single runs, which this was, needs up to seven descents for that.
 
 #[cfg(test)]
 mod tests;
@@ -59,15 +59,12 @@ impl<V> Chunk<V> {
     }
 
     /// Runs that start before `page`.
+    ///
+    /// Counting all of them is as fast as halving where they are cached. Where they are not, halving waits for memory at
+    /// each step, and counting once.
     #[inline]
     fn before(&self, page: u64) -> usize {
-        self.0.partition_point(|run| run.start < page)
-    }
-
-    /// Runs that start at `page` or before.
-    #[inline]
-    fn up_to(&self, page: u64) -> usize {
-        self.0.partition_point(|run| run.start <= page)
+        self.0.iter().map(|run| usize::from(run.start < page)).sum()
     }
 
     fn insert(&mut self, at: usize, run: Run<V>) {
@@ -99,7 +96,7 @@ struct Neighbours {
 }
 
 /// Where a run is: chunk, and place in it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Place {
     chunk: usize,
     run: usize,
@@ -269,34 +266,42 @@ impl<V: Linear> RunMap<V> {
     /// The value of `page`.
     #[must_use]
     pub fn get(&self, page: u64) -> Option<V> {
-        let chunk = self.chunk_of(page);
-        let run = self.chunks.get(chunk).map_or(0, |chunk| chunk.up_to(page));
-        let run = self.run(self.before(Place { chunk, run })?)?;
+        self.value_at(self.find(page), page)
+    }
+
+    /// The value of `page`; the first run that starts there or after is at `at`.
+    fn value_at(&self, at: Place, page: u64) -> Option<V> {
+        let here = self.run(at).filter(|run| run.start == page);
+        let run = here.or_else(|| self.run(self.before(at)?))?;
         (page < run.end()).then(|| run.at(page))
+    }
+
+    /// Looks up `len` pages from `start`, to see what they have and then to change it, with one search.
+    ///
+    /// A range that would pass the last page number is cut there.
+    pub fn span(&mut self, start: u64, len: u64) -> Span<'_, V> {
+        let (first, end) = (self.find(start), start.saturating_add(len));
+        Span { map: self, start, end, first }
     }
 
     /// Gives `value` to `start` and its continuation to the `len - 1` pages after it, replacing what was there.
     ///
     /// A range that would pass the last page number is cut there; `len` 0 changes nothing.
     pub fn insert(&mut self, start: u64, len: u64, value: V) {
-        let len = len.min(u64::MAX - start);
-        if len > 0 {
-            self.replace(start, start + len, Some(Run { start, len, value }));
-        }
+        self.span(start, len).insert(value);
     }
 
     /// Takes the values of `len` pages from `start` away.
     pub fn remove(&mut self, start: u64, len: u64) {
-        let end = start.saturating_add(len);
-        if start < end {
-            self.replace(start, end, None);
-        }
+        self.span(start, len).remove();
     }
 
     /// The runs that have pages in `len` pages from `start`, cut to that range: `(first page, pages, value)`.
     pub fn runs(&self, start: u64, len: u64) -> impl Iterator<Item = (u64, u64, V)> {
-        let end = start.saturating_add(len);
-        let at = self.find(start);
+        self.runs_at(self.find(start), start, start.saturating_add(len))
+    }
+
+    fn runs_at(&self, at: Place, start: u64, end: u64) -> impl Iterator<Item = (u64, u64, V)> {
         let before = self.before(at).and_then(|place| self.run(place));
         let touched = self.runs_from(at).take_while(move |run| run.start < end);
         let cut = before.into_iter().chain(touched).filter_map(move |run| run.cut(start, end));
@@ -338,9 +343,9 @@ impl<V: Linear> RunMap<V> {
         self.chunks.get(at.chunk)?.0.get(at.run)
     }
 
-    /// Replaces what `[start, end)` has by `new`, which covers exactly that, or by nothing.
-    fn replace(&mut self, start: u64, end: u64, new: Option<Run<V>>) {
-        let first = self.find(start);
+    /// Replaces what `[start, end)` has by `new`, which covers exactly that, or by nothing. `first` is the first run from
+    /// `start`.
+    fn replace(&mut self, first: Place, start: u64, end: u64, new: Option<Run<V>>) {
         let others = Neighbours { before: first.chunk > 0, after: first.chunk < self.fences.len() };
         let chunk = self.chunks.get_mut(first.chunk);
         let edit = chunk.and_then(|chunk| chunk.edit(first.run, start, end, new.as_ref(), others));
@@ -478,10 +483,51 @@ impl<V: Linear> RunMap<V> {
     fn split(&mut self, chunk: usize) {
         // Maps are often filled in ascending order: leave the chunks full that no one comes back to.
         let keep = if chunk + 1 == self.chunks.len() { FULL } else { FULL / 2 };
-        let Some(upper) = self.chunks.get_mut(chunk).map(|runs| runs.0.split_off(keep)) else { return };
+        let Some(runs) = self.chunks.get_mut(chunk) else { return };
+        // Room for all that it will ever have, and no more.
+        let mut upper = Vec::with_capacity(FULL + 1);
+        upper.extend(runs.0.drain(keep.min(runs.len())..));
         if let Some(first) = upper.first() {
             self.fences.insert(chunk, first.start);
             self.chunks.insert(chunk + 1, Chunk(upper));
+        }
+    }
+}
+
+/// A range of pages of a map that was looked up: see [`RunMap::span`].
+#[derive(Debug)]
+pub struct Span<'a, V> {
+    map: &'a mut RunMap<V>,
+    start: u64,
+    end: u64,
+    /// The first run that starts in the range or after it.
+    first: Place,
+}
+
+impl<V: Linear> Span<'_, V> {
+    /// The value of the first page.
+    #[must_use]
+    pub fn first(&self) -> Option<V> {
+        self.map.value_at(self.first, self.start)
+    }
+
+    /// The runs that have pages in the range, cut to it: `(first page, pages, value)`.
+    pub fn runs(&self) -> impl Iterator<Item = (u64, u64, V)> {
+        self.map.runs_at(self.first, self.start, self.end)
+    }
+
+    /// Gives `value` to the first page and its continuation to those after it, replacing what was there.
+    pub fn insert(self, value: V) {
+        if self.start < self.end {
+            let new = Run { start: self.start, len: self.end - self.start, value };
+            self.map.replace(self.first, self.start, self.end, Some(new));
+        }
+    }
+
+    /// Takes the values of the range away.
+    pub fn remove(self) {
+        if self.start < self.end {
+            self.map.replace(self.first, self.start, self.end, None);
         }
     }
 }

@@ -7,6 +7,7 @@ use bitflags::bitflags;
 
 use super::rmp::{Asid, Entry, EntryBits, Permissions, Rmp, RmpError, RmpSize};
 use crate::addr::{Gfn, Level, PageNumber, Pfn, PfnRange};
+use crate::runs::Span;
 
 /// A virtual machine privilege level, 0 to 3; 0 is the most privileged.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
@@ -142,15 +143,6 @@ pub struct Access {
 }
 
 impl Rmp {
-    /// The checks of table 15-39 before Validated, in order: covered, owned by the guest, the guest's address, mutable.
-    fn owned_entry(&self, guest: Caller, at: Translation) -> Result<Entry, Npf> {
-        let refuse = Npf::RMP | Npf::ENC;
-        let entry = self.entry(at.pfn).filter(Entry::assigned).ok_or(refuse)?;
-        let owned = entry.asid == guest.asid && guest.asid != Asid::HOST;
-        let matches = entry.gfn == at.gfn && !entry.bits.contains(EntryBits::IMMUTABLE);
-        if owned && matches { Ok(entry) } else { Err(refuse) }
-    }
-
     /// A guest's access to memory that has a nested mapping.
     ///
     /// # Errors
@@ -161,7 +153,7 @@ impl Rmp {
         if !access.encrypted {
             return self.shared_access(at.pfn, access.needs);
         }
-        let entry = self.owned_entry(guest, at).map_err(Fault::Nested)?;
+        let entry = owned(self.entry(at.pfn), guest, at)?;
         if !sizes_agree(at.nested, entry.size()) {
             return Err(Fault::Nested(Npf::RMP | Npf::ENC | Npf::SIZEM));
         }
@@ -205,7 +197,9 @@ impl Rmp {
         size: RmpSize,
         to: Validation,
     ) -> Result<Pvalidated, GuestError> {
-        let entry = self.instruction_entry(guest, at, size, guest.vmpl == Vmpl::MOST)?;
+        check_operands(at, size, guest.vmpl == Vmpl::MOST)?;
+        let page = self.page(at.pfn, size);
+        let entry = operand(&page, guest, at, size)?;
         let wanted = to == Validation::Validate;
         if entry.bits.contains(EntryBits::VALIDATED) == wanted {
             return Ok(Pvalidated::Unchanged);
@@ -214,7 +208,7 @@ impl Rmp {
             Validation::Validate => entry.bits | EntryBits::VALIDATED,
             Validation::Rescind => entry.bits - (EntryBits::VALIDATED | EntryBits::VMSA),
         };
-        self.set_whole(at.pfn, Entry { bits, ..entry });
+        page.insert(Entry { bits, ..entry });
         Ok(Pvalidated::Changed)
     }
 
@@ -238,7 +232,9 @@ impl Rmp {
         if adjust.vmsa && size == RmpSize::Page2M {
             return Err(RmpError::Input.into());
         }
-        let mut entry = self.instruction_entry(guest, at, size, may)?;
+        check_operands(at, size, may)?;
+        let page = self.page(at.pfn, size);
+        let mut entry = operand(&page, guest, at, size)?;
         if !entry.bits.contains(EntryBits::VALIDATED) {
             return Err(Fault::NotValidated.into());
         }
@@ -249,7 +245,7 @@ impl Rmp {
         if let Some(permissions) = entry.permissions.get_mut(usize::from(adjust.target.0)) {
             *permissions = adjust.permissions;
         }
-        self.set_whole(at.pfn, entry);
+        page.insert(entry);
         Ok(())
     }
 
@@ -261,8 +257,7 @@ impl Rmp {
         if target <= guest.vmpl {
             return Err(RmpError::Permission.into());
         }
-        let entry = self.owned_entry(guest, at).map_err(Fault::Nested)?;
-        Ok(target.of(&entry))
+        Ok(target.of(&owned(self.entry(at.pfn), guest, at)?))
     }
 
     /// RMPREAD, executed by the host: the architectural view of an entry.
@@ -286,27 +281,34 @@ impl Rmp {
         self.lock(vmsa);
         Ok(())
     }
+}
 
-    /// The checks that PVALIDATE and RMPADJUST share: operands, `permitted`, ownership, size.
-    fn instruction_entry(
-        &self,
-        guest: Caller,
-        at: Translation,
-        size: RmpSize,
-        permitted: bool,
-    ) -> Result<Entry, GuestError> {
-        if !size.aligned(at.gfn.0) {
-            return Err(RmpError::Input.into());
-        }
-        if !permitted {
-            return Err(RmpError::Permission.into());
-        }
-        let entry = self.owned_entry(guest, at).map_err(Fault::Nested)?;
-        match (size, entry.size()) {
-            (RmpSize::Page2M, RmpSize::Page4K) => Err(RmpError::SizeMismatch.into()),
-            (_, of) if of == size && sizes_agree(at.nested, of) => Ok(entry),
-            _ => Err(Fault::Nested(Npf::RMP | Npf::ENC | Npf::SIZEM).into()),
-        }
+/// The checks of table 15-39 before Validated, in order: covered, owned by the guest, the guest's address, mutable.
+fn owned(entry: Option<Entry>, guest: Caller, at: Translation) -> Result<Entry, Fault> {
+    let refuse = Fault::Nested(Npf::RMP | Npf::ENC);
+    let entry = entry.filter(Entry::assigned).ok_or(refuse)?;
+    let owned = entry.asid == guest.asid && guest.asid != Asid::HOST;
+    let matches = entry.gfn == at.gfn && !entry.bits.contains(EntryBits::IMMUTABLE);
+    if owned && matches { Ok(entry) } else { Err(refuse) }
+}
+
+/// What PVALIDATE and RMPADJUST check first: the address, and whether the caller is `permitted`.
+fn check_operands(at: Translation, size: RmpSize, permitted: bool) -> Result<(), RmpError> {
+    match (size.aligned(at.gfn.0), permitted) {
+        (false, _) => Err(RmpError::Input),
+        (true, false) => Err(RmpError::Permission),
+        (true, true) => Ok(()),
+    }
+}
+
+/// What they check then: ownership, and size. The entry begins with the page, because guest and host address of a 2 MiB entry
+/// are aligned alike.
+fn operand(page: &Span<'_, Entry>, guest: Caller, at: Translation, size: RmpSize) -> Result<Entry, GuestError> {
+    let entry = owned(page.first(), guest, at)?;
+    match (size, entry.size()) {
+        (RmpSize::Page2M, RmpSize::Page4K) => Err(RmpError::SizeMismatch.into()),
+        (_, of) if of == size && sizes_agree(at.nested, of) => Ok(entry),
+        _ => Err(Fault::Nested(Npf::RMP | Npf::ENC | Npf::SIZEM).into()),
     }
 }
 

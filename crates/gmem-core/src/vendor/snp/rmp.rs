@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 use bitflags::bitflags;
 
 use crate::addr::{Gfn, Level, PageNumber, Pfn, PfnRange};
-use crate::runs::{Linear, RunMap};
+use crate::runs::{Linear, RunMap, Span};
 
 /// An address space identifier. Zero is the host's; an RMP entry has room for ten bits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
@@ -348,11 +348,13 @@ impl Rmp {
     /// [`RmpError::Input`], [`RmpError::Permission`] (immutable), [`RmpError::InUse`], [`RmpError::Overlap`].
     pub fn rmpupdate(&mut self, pfn: Pfn, update: RmpUpdate) -> Result<(), RmpError> {
         let range = self.operand(pfn, update.size).filter(|_| update.legal()).ok_or(RmpError::Input)?;
-        let old = self.entry(pfn);
-        self.check_mutable(range, old)?;
-        self.check_unlocked(range)?;
-        self.check_overlap(range, old, update.size)?;
-        self.write(range, old, update);
+        let unlocked = self.check_unlocked(range);
+        let page = self.entries.span(range.start().0, range.len());
+        let old = page.first();
+        check_mutable(&page, old, update.size)?;
+        unlocked?;
+        check_overlap(&page, old, update.size)?;
+        write(page, old, update);
         Ok(())
     }
 
@@ -361,41 +363,9 @@ impl Rmp {
         (size.aligned(pfn.0) && self.covered.covers(range)).then_some(range)
     }
 
-    /// Choice: for a 2 MiB update the head's immutable bit decides, and so does that of a page the host has fixed;
-    /// any other entry inside the region is an overlap.
-    fn check_mutable(&self, range: PfnRange, head: Option<Entry>) -> Result<(), RmpError> {
-        let immutable = |entry: &Entry| entry.bits.contains(EntryBits::IMMUTABLE);
-        let fixed = |entry: &Entry| immutable(entry) && !entry.assigned();
-        let refused = head.is_some_and(|head| immutable(&head))
-            || (range.len() > 1 && self.runs(range).any(|(_, entry)| fixed(&entry)));
-        if refused { Err(RmpError::Permission) } else { Ok(()) }
-    }
-
     fn check_unlocked(&self, range: PfnRange) -> Result<(), RmpError> {
         let locked = !self.in_use.is_empty() && self.in_use.range(range.start()..range.end()).next().is_some();
         if locked { Err(RmpError::InUse) } else { Ok(()) }
-    }
-
-    /// Choice: a 4 KiB update inside a 2 MiB entry overlaps at its first page too.
-    fn check_overlap(&self, range: PfnRange, head: Option<Entry>, size: RmpSize) -> Result<(), RmpError> {
-        let small = |entry: &Entry| entry.assigned() && entry.size() == RmpSize::Page4K;
-        let overlaps = match size {
-            RmpSize::Page4K => head.is_some_and(|head| head.assigned() && head.size() == RmpSize::Page2M),
-            RmpSize::Page2M => self.runs(range).any(|(_, entry)| small(&entry)),
-        };
-        if overlaps { Err(RmpError::Overlap) } else { Ok(()) }
-    }
-
-    fn write(&mut self, range: PfnRange, old: Option<Entry>, update: RmpUpdate) {
-        if !update.assigned {
-            return self.entries.remove(range.start().0, range.len());
-        }
-        let mut entry = update.entry();
-        if let Some(old) = old.filter(|old| old.same_owner(&entry)) {
-            entry.bits |= old.bits & (EntryBits::VALIDATED | EntryBits::VMSA);
-            entry.permissions = old.permissions;
-        }
-        self.set(range, entry);
     }
 
     /// PSMASH, executed by the host: a 2 MiB entry becomes 512 of 4 KiB in the same state.
@@ -448,7 +418,12 @@ impl Rmp {
         whole.len() - kept
     }
 
-    /// Writes an entry as the firmware or a guest instruction does, which the caller has checked.
+    /// The pages of an entry of `size` that begins at `pfn`, for a guest instruction.
+    pub(super) fn page(&mut self, pfn: Pfn, size: RmpSize) -> Span<'_, Entry> {
+        self.entries.span(pfn.0, size.pages())
+    }
+
+    /// Writes an entry as the firmware does, which the caller has checked.
     pub(super) fn set(&mut self, range: PfnRange, entry: Entry) {
         self.entries.insert(range.start().0, range.len(), entry);
     }
@@ -481,6 +456,38 @@ impl Rmp {
     pub fn large_possible(&self, pfn: Pfn) -> bool {
         self.operand(pfn, RmpSize::Page2M).is_some_and(|range| self.hypervisor_owned(range))
     }
+}
+
+/// Choice: for a 2 MiB update the head's immutable bit decides, and so does that of a page the host has fixed;
+/// any other entry inside the region is an overlap.
+fn check_mutable(page: &Span<'_, Entry>, head: Option<Entry>, size: RmpSize) -> Result<(), RmpError> {
+    let immutable = |entry: &Entry| entry.bits.contains(EntryBits::IMMUTABLE);
+    let fixed = |entry: &Entry| immutable(entry) && !entry.assigned();
+    let refused = head.is_some_and(|head| immutable(&head))
+        || (size == RmpSize::Page2M && page.runs().any(|(_, _, entry)| fixed(&entry)));
+    if refused { Err(RmpError::Permission) } else { Ok(()) }
+}
+
+/// Choice: a 4 KiB update inside a 2 MiB entry overlaps at its first page too.
+fn check_overlap(page: &Span<'_, Entry>, head: Option<Entry>, size: RmpSize) -> Result<(), RmpError> {
+    let small = |entry: &Entry| entry.assigned() && entry.size() == RmpSize::Page4K;
+    let overlaps = match size {
+        RmpSize::Page4K => head.is_some_and(|head| head.assigned() && head.size() == RmpSize::Page2M),
+        RmpSize::Page2M => page.runs().any(|(_, _, entry)| small(&entry)),
+    };
+    if overlaps { Err(RmpError::Overlap) } else { Ok(()) }
+}
+
+fn write(page: Span<'_, Entry>, old: Option<Entry>, update: RmpUpdate) {
+    if !update.assigned {
+        return page.remove();
+    }
+    let mut entry = update.entry();
+    if let Some(old) = old.filter(|old| old.same_owner(&entry)) {
+        entry.bits |= old.bits & (EntryBits::VALIDATED | EntryBits::VMSA);
+        entry.permissions = old.permissions;
+    }
+    page.insert(entry);
 }
 
 /// The entries that lie in a run as a whole. An end that cuts a 2 MiB entry is one that PSMASH refused to smash.
