@@ -70,10 +70,10 @@ impl Tdx {
         either(self.try_sept_remove(at, version))
     }
 
-    /// TDH.MEM.SEPT.RD: the entry in RCX, its level and state in RDX.
+    /// TDH.MEM.SEPT.RD: the entry in RCX, its level and state in RDX. Unlike other leaves that find the guest at the entry, it
+    /// leaves no mark of the host's priority here, because it changes nothing.
     pub fn sept_read(&self, at: PageInfo) -> Answer {
-        let read = self.begin(&tables::SEPT_RD).and_then(|()| self.locate(at, 0, self.top_level()));
-        either(read.map(|found| Answer::entry(TdxStatus::SUCCESS, found.entry, found.level)))
+        either(self.try_sept_read(at))
     }
 
     /// TDH.MEM.PAGE.ADD: `page`, with the contents of `source`, becomes measured guest memory.
@@ -192,6 +192,13 @@ impl Tdx {
         if reached == level { Ok(found) } else { Err(found.refuse(TdxStatus::EPT_WALK_FAILED)) }
     }
 
+    /// The same, and takes the entry's lock.
+    fn lock(&mut self, at: PageInfo, lowest: u8, highest: u8) -> Checked<Located> {
+        let found = self.locate(at, lowest, highest)?;
+        let taken = self.locks.take_by_host(found.level, found.gfn);
+        if taken { Ok(found) } else { Err(found.refuse(TdxStatus::OPERAND_BUSY)) }
+    }
+
     /// Where the TD may run, a page or table must be blocked and tracked before its mapping changes.
     fn check_tracked(&self, found: Located) -> Checked<()> {
         let required = found.entry.state.has(SeptFlags::TLB_TRACKING_REQUIRED) && self.op_state.requires_tracking();
@@ -266,10 +273,18 @@ impl Tdx {
 
     // ---- tables ----
 
+    fn try_sept_read(&self, at: PageInfo) -> Checked<Answer> {
+        self.begin(&tables::SEPT_RD)?;
+        let found = self.locate(at, 0, self.top_level())?;
+        let busy = self.locks.held_by_guest(found.level, found.gfn);
+        let status = if busy { TdxStatus::OPERAND_BUSY.about(Operand::Rcx) } else { TdxStatus::SUCCESS };
+        Ok(Answer::entry(status, found.entry, found.level))
+    }
+
     fn try_sept_add(&mut self, at: PageInfo, page: u64, version: u8) -> Checked<Answer> {
         Self::check_version(version)?;
         self.begin(&tables::SEPT_ADD)?;
-        let found = self.locate(at, 1, self.top_level())?;
+        let found = self.lock(at, 1, self.top_level())?;
         found.require(&tables::SEPT_ADD)?;
         if page == NULL_PA {
             return Self::check_no_page(found, version);
@@ -296,7 +311,7 @@ impl Tdx {
     fn try_sept_remove(&mut self, at: PageInfo, version: u8) -> Checked<Answer> {
         Self::check_version(version)?;
         self.begin(&tables::SEPT_REMOVE)?;
-        let found = self.locate(at, 1, self.top_level())?;
+        let found = self.lock(at, 1, self.top_level())?;
         found.require(&tables::SEPT_REMOVE)?;
         self.check_tracked(found)?;
         if self.sept.children(found.level, found.gfn).next().is_some() {
@@ -316,6 +331,7 @@ impl Tdx {
 
     fn try_page_add(&mut self, at: PageInfo, page: u64, source: u64) -> Checked<Answer> {
         self.begin(&tables::PAGE_ADD)?;
+        // With the lock of the whole tree, and none of the entry.
         let found = self.locate(at, 0, 0)?;
         found.require(&tables::PAGE_ADD)?;
         self.check_source(source)?;
@@ -329,7 +345,7 @@ impl Tdx {
 
     fn try_page_aug(&mut self, at: PageInfo, page: u64) -> Checked<Answer> {
         self.begin(&tables::PAGE_AUG)?;
-        let found = self.locate(at, 0, 1)?;
+        let found = self.lock(at, 0, 1)?;
         found.require(&tables::PAGE_AUG)?;
         let pfn = self.free_page(page, found.level, Operand::R8)?;
         self.map_page(found, pfn, SeptState::Pending);
@@ -344,7 +360,7 @@ impl Tdx {
 
     fn try_page_remove(&mut self, at: PageInfo) -> Checked<Answer> {
         self.begin(&tables::PAGE_REMOVE)?;
-        let found = self.locate(at, 0, 2)?;
+        let found = self.lock(at, 0, 2)?;
         found.require(&tables::PAGE_REMOVE)?;
         self.check_tracked(found)?;
         let left = if self.op_state.import_in_progress() { Septe::REMOVED } else { Septe::FREE };
@@ -357,9 +373,12 @@ impl Tdx {
     fn try_page_promote(&mut self, at: PageInfo, version: u8) -> Checked<Answer> {
         Self::check_version(version)?;
         self.begin(&tables::PAGE_PROMOTE)?;
-        let found = self.locate(at, 1, 2)?;
+        let found = self.lock(at, 1, 2)?;
         found.require(&tables::PAGE_PROMOTE)?;
         self.check_tracked(found)?;
+        if !self.locks.take_children_by_host(found.level, found.gfn) {
+            return Err(found.refuse(TdxStatus::OPERAND_BUSY));
+        }
         let first = self.mergeable(found).ok_or_else(|| found.refuse(TdxStatus::EPT_INVALID_PROMOTE_CONDITIONS))?;
         self.check_interrupt(at)?;
         let pfn = first.pfn(found.level - 1);
@@ -390,7 +409,7 @@ impl Tdx {
 
     fn try_page_demote(&mut self, at: PageInfo, page: u64) -> Checked<Answer> {
         self.begin(&tables::PAGE_DEMOTE)?;
-        let found = self.locate(at, 1, 2)?;
+        let found = self.lock(at, 1, 2)?;
         found.require(&tables::PAGE_DEMOTE)?;
         self.check_tracked(found)?;
         let table = self.free_page(page, 0, Operand::R8)?;
@@ -408,7 +427,7 @@ impl Tdx {
 
     fn try_page_relocate(&mut self, at: PageInfo, page: u64) -> Checked<Answer> {
         self.begin(&tables::PAGE_RELOCATE)?;
-        let found = self.locate(at, 0, 0)?;
+        let found = self.lock(at, 0, 0)?;
         found.require(&tables::PAGE_RELOCATE)?;
         let old = found.pfn();
         if page == old << 12 {
@@ -426,7 +445,7 @@ impl Tdx {
 
     fn try_range_block(&mut self, at: PageInfo) -> Checked<Answer> {
         self.begin(&tables::RANGE_BLOCK)?;
-        let found = self.locate(at, 0, self.top_level())?;
+        let found = self.lock(at, 0, self.top_level())?;
         if found.entry.state.has(SeptFlags::ANY_BLOCKED) {
             return Err(found.refuse(TdxStatus::GPA_RANGE_ALREADY_BLOCKED));
         }
@@ -447,7 +466,7 @@ impl Tdx {
 
     fn try_range_unblock(&mut self, at: PageInfo) -> Checked<Answer> {
         self.begin(&tables::RANGE_UNBLOCK)?;
-        let found = self.locate(at, 0, self.top_level())?;
+        let found = self.lock(at, 0, self.top_level())?;
         found.require(&tables::RANGE_UNBLOCK)?;
         self.check_tracked(found)?;
         self.sept.set(found.level, found.gfn, found.entry.state, found.entry.with(found.entry.state.unblocked()));

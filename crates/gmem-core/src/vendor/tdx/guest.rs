@@ -40,23 +40,66 @@ impl Tdx {
     ///
     /// A 2 MiB page is initialised in chunks; where an interrupt stops it, the entry remembers how far it came.
     pub fn page_accept(&mut self, at: PageInfo) -> Accepted {
+        match self.acceptable(at) {
+            Ok(entry) => self.accept(at.level(), at.gfn(), entry),
+            Err(accepted) => accepted,
+        }
+    }
+
+    /// The first half of [`Tdx::page_accept`], after which the guest has the lock of the entry: the host's leaves for that entry,
+    /// but for TDH.MEM.PAGE.ADD, answer TDX_OPERAND_BUSY until [`Tdx::page_accept_end`].
+    ///
+    /// # Errors
+    /// How the instruction ended, if it did: with TDX_OPERAND_BUSY where another vCPU has the lock, or where the host was
+    /// refused it and is to have it first. The module calls the latter TDX_OPERAND_BUSY_HOST_PRIORITY and hides that from the guest; that
+    /// it ends the guest's run when that lasts (TDX_HOST_PRIORITY_BUSY_TIMEOUT) is not modelled, because the model has no clock.
+    pub fn page_accept_begin(&mut self, at: PageInfo) -> Result<(), Accepted> {
+        self.acceptable(at)?;
+        self.locks.take_by_guest(at.level(), at.gfn());
+        Ok(())
+    }
+
+    /// The second half of [`Tdx::page_accept`]; `None` if the first was not done.
+    pub fn page_accept_end(&mut self, at: PageInfo) -> Option<Accepted> {
+        let (level, gfn) = (at.level(), at.gfn());
+        let held = level <= 1 && self.locks.release(level, gfn);
+        held.then(|| self.accept(level, gfn, self.sept.entry(level, gfn)))
+    }
+
+    /// Every vCPU that is in the middle of an instruction is sent an interrupt: a page of 4 KiB is accepted before that is
+    /// noticed, a larger one after the next chunk.
+    pub(super) fn end_accepts(&mut self) {
+        let interrupt = self.interrupt_in;
+        while let Some((level, gfn)) = self.locks.held() {
+            self.interrupt_in = Some(1);
+            self.page_accept_end(PageInfo::new(gfn << 12, level));
+        }
+        self.interrupt_in = interrupt;
+    }
+
+    /// The entry that the guest asks for, if it can lock and accept it.
+    fn acceptable(&self, at: PageInfo) -> Result<Septe, Accepted> {
         let (level, gfn) = (at.level(), at.gfn());
         let aligned = gfn & ((1 << super::sept::shift(level)) - 1) == 0;
         if at.reserved() != 0 || level > 1 || !aligned || !self.is_private_gpa(gfn << 12) {
-            return Accepted::Returned(TdxStatus::OPERAND_INVALID.about(Operand::Rcx));
+            return Err(Accepted::Returned(TdxStatus::OPERAND_INVALID.about(Operand::Rcx)));
         }
         let (reached, entry) = self.sept.walk(self.top_level(), level, gfn);
-        match refusal(level, reached, entry) {
-            Some(Refusal::Status(status)) => Accepted::Returned(status.at_level(reached)),
-            Some(Refusal::Violation { lock }) => Accepted::TdExit(EptViolation {
+        // A walk that stops above the entry that was asked for locks nothing.
+        if reached == level && !self.locks.free_for_guest(level, gfn) {
+            return Err(Accepted::Returned(TdxStatus::OPERAND_BUSY.about(Operand::Rcx)));
+        }
+        let Some(refusal) = refusal(level, reached, entry) else { return Ok(entry) };
+        Err(match refusal {
+            Refusal::Status(status) => Accepted::Returned(status.at_level(reached)),
+            Refusal::Violation { lock } => Accepted::TdExit(EptViolation {
                 gpa: gfn << 12,
                 requested_level: level,
                 level: reached,
                 state: entry.state,
                 septe: entry.raw(reached) | lock,
             }),
-            None => self.accept(level, gfn, entry),
-        }
+        })
     }
 
     fn accept(&mut self, level: u8, gfn: u64, entry: Septe) -> Accepted {

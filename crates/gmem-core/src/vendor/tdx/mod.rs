@@ -3,6 +3,7 @@
 //! | part | what it is |
 //! |---|---|
 //! | [`sept`] | Secure EPT entries, their states and encodings, the tree |
+//! | locks | who has an entry, and who is to have it next |
 //! | [`pamt`] | which page belongs to whom |
 //! | [`tracking`] | epochs: when a blocked translation is out of every TLB |
 //! | [`tables`] | which leaf is allowed from which entry state and in which operation state |
@@ -16,13 +17,16 @@
 //! entry state, tracking, then the operand pages. A refused command changes nothing; an [`Answer`] is what RAX, RCX, RDX and
 //! R8 hold afterwards.
 //!
-//! The model has one TD and one thread: a lock is busy only where a command takes it twice. Not modelled, and refused
+//! The model has one TD, and each SEAMCALL is one step: a lock is busy only where a command takes it twice, and while the guest
+//! is in the middle of [`Tdx::page_accept`]. TDH.VP.ENTER, which takes the lock of the whole tree when it suspects that the host
+//! steps the guest, and that of the epoch, makes nobody wait here. Not modelled, and refused
 //! with [`NotModelled`]: leaves of migration, of service TDs and of metadata access. TDs have no L2 guests, so a version 1
 //! leaf acts on the L1 table alone. The migration states exist in the tables; the migration epoch of REMOVED does not.
 
 mod command;
 mod commands;
 mod guest;
+mod locks;
 pub mod map_gpa;
 pub mod pamt;
 pub mod sept;
@@ -36,6 +40,7 @@ mod tests;
 
 use crate::addr::{Pfn, PfnRange};
 use crate::measure::tdx::Mrtd;
+use locks::EntryLocks;
 use pamt::{PageType, Pamt, PamtEntry};
 use sept::{Sept, Septe};
 use status::TdxStatus;
@@ -210,6 +215,7 @@ pub struct Tdx {
     tracking: Tracking,
     measurement: Measurement,
     sept: Sept,
+    locks: EntryLocks,
     pamt: Pamt,
     interrupt_in: Option<u32>,
     tables_used: u64,
@@ -244,6 +250,7 @@ impl Tdx {
             tracking: Tracking::new(config.vcpus),
             measurement: Measurement::Open(Mrtd::new()),
             sept: Sept::default(),
+            locks: EntryLocks::default(),
             pamt,
             interrupt_in: None,
             tables_used: 0,

@@ -167,6 +167,56 @@ fn an_interrupted_accept_continues_and_a_block_makes_it_start_again() {
 }
 
 #[test]
+fn an_accept_in_progress_keeps_the_host_out_and_then_the_host_comes_first() {
+    let mut td = with_tables(1, OpState::Runnable);
+    td.page_aug(at(0, 0), page(9));
+    td.page_aug(at(0x1000, 0), page(10));
+    let busy = T::OPERAND_BUSY.about(Operand::Rcx);
+    td.page_accept_begin(at(0, 0)).unwrap();
+    assert_eq!(td.page_accept(at(0, 0)), Accepted::Returned(busy), "another vCPU");
+    assert_eq!(td.page_accept(at(0x1000, 0)), Accepted::Returned(T::SUCCESS), "another entry");
+    assert_eq!(td.page_add(at(0, 0), page(11), 0).status, T::OP_STATE_INCORRECT);
+    let before = td.clone();
+    assert_eq!(td.sept_read(at(0, 0)).status, busy);
+    assert_eq!(td, before);
+    let blocked = td.range_block(at(0, 0));
+    let entry = before.sept().entry(0, 0);
+    assert_eq!((blocked.status, blocked.rcx, blocked.rdx), (busy, entry.visible(0), entry.info(0)));
+    assert_eq!(td.sept(), before.sept());
+    // The walk goes through the table's entry, which is not locked.
+    assert_eq!(td.range_block(at(0, 1)).status, T::SUCCESS);
+    assert_eq!(td.range_unblock(at(0, 1)).status, T::TLB_TRACKING_NOT_DONE.about(Operand::Rcx));
+    td.track();
+    assert_eq!(td.range_unblock(at(0, 1)).status, T::SUCCESS);
+    assert_eq!(td.page_accept_end(at(0, 0)), Some(Accepted::Returned(T::SUCCESS)));
+    assert_eq!(td.page_accept_end(at(0, 0)), None);
+    assert_eq!(td.page_accept(at(0, 0)), Accepted::Returned(busy), "the host was refused and comes first");
+    assert_eq!(td.range_block(at(0, 0)).status, T::SUCCESS);
+    assert!(matches!(td.page_accept(at(0, 0)), Accepted::TdExit(_)), "the host has had its turn");
+}
+
+#[test]
+fn what_the_guest_holds_is_not_promoted_or_split() {
+    let busy = T::OPERAND_BUSY.about(Operand::Rcx);
+    let mut td = with_tables(2, OpState::Runnable);
+    td.page_aug(at(0, 1), BIG);
+    td.page_accept_begin(at(0, 1)).unwrap();
+    assert_eq!(td.page_demote(at(0, 1), page(9)).status, busy);
+    assert_eq!(td.page_remove(at(0, 1)).status, busy);
+    let mut td = with_tables(1, OpState::Runnable);
+    (0..512).for_each(|n| assert_eq!(td.page_aug(at(n << 12, 0), BIG + (n << 12)).status, T::SUCCESS));
+    td.page_accept_begin(at(7 << 12, 0)).unwrap();
+    td.range_block(at(0, 1));
+    td.track();
+    assert_eq!(td.page_promote(at(0, 1), 0).status, busy);
+    td.range_unblock(at(0, 1));
+    assert_eq!(td.page_accept_end(at(7 << 12, 0)), Some(Accepted::Returned(T::SUCCESS)));
+    let wanted = T::OPERAND_BUSY.about(Operand::Rcx);
+    assert_eq!(td.page_accept(at(7 << 12, 0)), Accepted::Returned(wanted), "the host comes first");
+    assert_eq!(td.page_accept(at(6 << 12, 0)), Accepted::Returned(T::SUCCESS));
+}
+
+#[test]
 fn an_interrupt_makes_promote_and_demote_give_their_operands_back() {
     let mut td = with_tables(2, OpState::Runnable);
     td.page_aug(at(0, 1), BIG);
@@ -318,6 +368,33 @@ fn an_unmap_loses_the_page_and_the_guest_must_accept_again() {
     assert_eq!(td.guest_access(page, AccessKind::Store), GuestOutcome::Done);
     assert_eq!(td.unmap(mapping(3, 40)), Contents::Undefined);
     assert!(!td.is_dead());
+}
+
+#[test]
+fn kvm_tries_again_what_met_a_lock() {
+    let mut td = Tdx::default();
+    td.finalize().unwrap();
+    td.vcpu_enter(0).unwrap();
+    let page = mapping(3, 30);
+    td.map(page).unwrap();
+    td.page_accept_begin(at(3 << 12, 0)).unwrap();
+    let same = td.map(mapping(3, 31)).unwrap_err();
+    assert_eq!((same.cause, td.is_dead()), (Cause::Busy, false), "a fault is tried again");
+    // The vCPU is kicked, and its instruction ends, for nothing.
+    assert_eq!(td.unmap(page), Contents::Undefined);
+    assert!(!td.is_dead());
+    assert_eq!(td.page_accept_end(at(3 << 12, 0)), None);
+    assert_eq!(td.guest_access(page, AccessKind::Load), GuestOutcome::Exit(ExitReason::NotPresent));
+    assert_eq!(td.host_access(Pfn(30), AccessKind::Store), HostOutcome::Plain);
+}
+
+#[test]
+fn a_kicked_vcpu_leaves_a_large_page_half_accepted() {
+    let mut td = with_tables(2, OpState::Runnable);
+    td.page_aug(at(0, 1), BIG);
+    td.page_accept_begin(at(0, 1)).unwrap();
+    td.end_accepts();
+    assert_eq!((state(&td, 0, 1), td.sept().entry(1, 0).accepted), (S::Pending, 1));
 }
 
 #[test]

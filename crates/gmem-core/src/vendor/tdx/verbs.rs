@@ -2,7 +2,8 @@
 //!
 //! TDX has neither a prepare nor a reclaim hook: a page changes hands when its mapping does. That is why an unmap that
 //! ordinary memory would not notice destroys the page here, and why KVM declares the VM dead when a leaf is refused for
-//! any reason but a lock.
+//! any reason but a lock. Where it meets a lock, a fault is tried again; what takes a mapping away cannot fail, so KVM keeps
+//! all vCPUs out, whose locks they were, and repeats the leaf once.
 
 use super::pamt::PageType;
 use super::sept::SeptState;
@@ -92,25 +93,29 @@ impl Tdx {
     }
 
     fn try_unmap(&mut self, at: PageInfo) -> Result<(), Refusal> {
-        let blocked = self.range_block(at);
-        self.require(blocked)?;
+        self.without_vcpus(|td| td.range_block(at))?;
         if self.op_state() == OpState::Runnable {
-            self.track_and_kick()?;
+            // `tdx_track()`: a new epoch, and an IPI that makes every vCPU enter it.
+            self.without_vcpus(Self::track)?;
+            self.kick();
         }
-        let removed = self.page_remove(at);
-        self.require(removed)
+        self.without_vcpus(|td| td.page_remove(at))
     }
 
-    /// `tdx_track()`: a new epoch, and an IPI that makes every vCPU enter it.
-    fn track_and_kick(&mut self) -> Result<(), Refusal> {
-        let mut answer = self.track();
-        if answer.status == TdxStatus::PREVIOUS_TLB_EPOCH_BUSY {
-            self.tracking.kick();
-            answer = self.track();
+    /// `tdh_do_no_vcpus()`: a leaf that meets a lock is repeated once, with all vCPUs outside, and must succeed then.
+    fn without_vcpus(&mut self, leaf: impl Fn(&mut Self) -> Answer) -> Result<(), Refusal> {
+        let mut status = leaf(self).status;
+        if status.code() == TdxStatus::OPERAND_BUSY {
+            self.kick();
+            status = leaf(self).status;
         }
-        self.require(answer)?;
+        if status == TdxStatus::SUCCESS { Ok(()) } else { Err(self.bug(status)) }
+    }
+
+    /// KVM_REQ_OUTSIDE_GUEST_MODE: an IPI, upon which vCPUs leave. They enter again later.
+    fn kick(&mut self) {
+        self.end_accepts();
         self.tracking.kick();
-        Ok(())
     }
 
     /// Nothing: TDX has no invalidate hook. The unmap that follows does the work.
@@ -234,6 +239,7 @@ impl Tdx {
         // What TDH.PHYMEM.PAGE.RECLAIM of each page would leave, without visiting each page.
         self.pamt.clear();
         self.sept = super::Sept::default();
+        self.locks = super::EntryLocks::default();
         self.child_pages = 0;
         self.rooted = false;
         self.dead = true;

@@ -10,6 +10,8 @@ use proptest::prelude::*;
 enum Step {
     Run(Command<'static>),
     Accept(PageInfo),
+    Begin(PageInfo),
+    End(PageInfo),
     Enter(u16),
     Exit(u16),
     Touch { vcpu: u16, gfn: u64 },
@@ -54,7 +56,9 @@ fn command() -> impl Strategy<Value = Command<'static>> {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         20 => command().prop_map(Step::Run),
-        3 => info().prop_map(Step::Accept),
+        2 => info().prop_map(Step::Accept),
+        2 => info().prop_map(Step::Begin),
+        1 => info().prop_map(Step::End),
         2 => (0u16..3).prop_map(Step::Enter),
         1 => (0u16..3).prop_map(Step::Exit),
         4 => (0u16..2, prop_oneof![Just(0u64), Just(1), Just(511), Just(512)])
@@ -137,6 +141,15 @@ fn check_walks(td: &Tdx) -> Result<(), TestCaseError> {
     Ok(())
 }
 
+/// While the guest has an entry, nobody takes the page from it.
+fn check_locks(td: &Tdx) -> Result<(), TestCaseError> {
+    for (level, index) in &td.locks.guest {
+        let entry = td.sept().entry(*level, index << (9 * level));
+        prop_assert!(entry.state.has(SeptFlags::ANY_PENDING_AND_GUEST_ACCEPTABLE), "{entry:?}");
+    }
+    Ok(())
+}
+
 fn check_children(td: &Tdx) -> Result<(), TestCaseError> {
     let used = |size| {
         let used = td.pamt().runs(size, 0, u64::MAX).filter(|(_, _, entry)| entry.page_type != PageType::Nda);
@@ -152,14 +165,22 @@ fn apply(td: &mut Tdx, tlbs: &mut [Tlb; 2], step: &Step) -> Result<(), TestCaseE
     match *step {
         Step::Run(command) => {
             let status = td.execute(command).unwrap().status;
-            prop_assert!(
-                status == T::SUCCESS || *td == before,
-                "{command:?} refused with {status:?} but changed the TD"
-            );
+            // A mark of the host's priority comes and goes with the lock, not with the command.
+            let kept =
+                td.locks.guest == before.locks.guest && Tdx { locks: before.locks.clone(), ..td.clone() } == before;
+            prop_assert!(status == T::SUCCESS || kept, "{command:?} refused with {status:?} but changed the TD");
         }
         Step::Accept(at) => {
             let accepted = td.page_accept(at);
             prop_assert!(accepted == Accepted::Returned(T::SUCCESS) || *td == before);
+        }
+        Step::Begin(at) => {
+            let begun = td.page_accept_begin(at);
+            prop_assert_eq!(begun.is_err(), *td == before);
+        }
+        Step::End(at) => {
+            let ended = td.page_accept_end(at);
+            prop_assert_eq!(ended.is_some(), *td != before);
         }
         Step::Enter(vcpu) if td.op_state() == OpState::Runnable && td.vcpu_enter(vcpu).is_ok() => {
             let tlb = &mut tlbs[usize::from(vcpu)];
@@ -217,6 +238,7 @@ proptest! {
             check_tree(&td)?;
             check_walks(&td)?;
             check_children(&td)?;
+            check_locks(&td)?;
             check_tlbs(&td, &tlbs)?;
         }
     }
