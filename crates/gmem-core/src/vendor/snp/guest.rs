@@ -104,6 +104,15 @@ impl From<Fault> for GuestError {
     }
 }
 
+/// Why VMRUN did not enter the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum VmrunError {
+    /// #GP(0) in the host: the VMCB is not the host's page, or in use.
+    GeneralProtection,
+    /// The guest exits at once with VMEXIT_INVALID: the VMSA is not the guest's, not marked, or in use.
+    Invalid,
+}
+
 /// What PVALIDATE did.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Pvalidated {
@@ -266,6 +275,27 @@ impl Rmp {
     /// [`RmpError::Input`] outside the table.
     pub fn rmpread(&self, pfn: Pfn) -> Result<Option<Entry>, RmpError> {
         if self.covered().contains(pfn) { Ok(self.entry(pfn)) } else { Err(RmpError::Input) }
+    }
+
+    /// VMRUN of an SNP guest: the VMCB has to be the host's, the VMSA the guest's and marked, and neither in use (table 15-39).
+    /// Success locks both until [`Rmp::vmexit`], so that RMPUPDATE of either answers [`RmpError::InUse`]. Choice: the VMCB is
+    /// checked first, because it names the VMSA.
+    ///
+    /// # Errors
+    /// [`VmrunError`]; nothing changes.
+    pub fn vmrun(&mut self, vmcb: Pfn, asid: Asid, vmsa: Pfn) -> Result<(), VmrunError> {
+        if !self.hypervisor_owned(PfnRange::page(vmcb)) || self.is_locked(vmcb) {
+            return Err(VmrunError::GeneralProtection);
+        }
+        self.enter(asid, vmsa).map_err(|_| VmrunError::Invalid)?;
+        self.lock(vmcb);
+        Ok(())
+    }
+
+    /// The end of what [`Rmp::vmrun`] began.
+    pub fn vmexit(&mut self, vmcb: Pfn, vmsa: Pfn) {
+        self.unlock(vmcb);
+        self.unlock(vmsa);
     }
 
     /// VMRUN's check of a VMSA: the guest's, marked, not running elsewhere. Success locks it.

@@ -3,7 +3,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`rmp`] | the table, its page states, and the host's instructions RMPUPDATE and PSMASH |
-//! | [`guest`] | what is checked on each access, and PVALIDATE, RMPADJUST, RMPQUERY |
+//! | [`guest`] | what is checked on each access and by VMRUN, and PVALIDATE, RMPADJUST, RMPQUERY |
 //! | [`psc`] | page state change requests of the guest and what the VMM is asked |
 //! | [`firmware`] | guest contexts and launch commands on one [`firmware::Machine`] |
 //! | [`command`] | every command as a value, for random tests and replay |

@@ -325,6 +325,33 @@ fn a_running_vmsa_is_in_use() {
     assert_eq!(machine.rmp.rmpupdate(Pfn(5), share), Ok(()));
 }
 
+/// Which pages serve as VMCB and as VMSA, by their state.
+#[test]
+fn vmrun_wants_a_vmcb_of_the_hosts_and_a_vmsa_of_the_guests() {
+    let gp = Err(VmrunError::GeneralProtection);
+    for state in ALL_STATES {
+        let mut machine = machine_in(state);
+        let before = machine.clone();
+        let host = matches!(state, PageState::Hypervisor | PageState::HvFixed);
+        let want = if host { Err(VmrunError::Invalid) } else { gp };
+        assert_eq!(machine.rmp.vmrun(Pfn(5), A, Pfn(6)), want, "{state:?} as VMCB");
+        assert_eq!(machine.rmp.vmrun(Pfn(6), A, Pfn(5)), Err(VmrunError::Invalid), "{state:?}, not marked, as VMSA");
+        assert_eq!(machine, before);
+    }
+    let mut machine = machine_in(PageState::PreGuest);
+    Command::LaunchUpdate(GCTX, Pfn(5), RmpSize::Page4K, 2).apply(&mut machine).unwrap();
+    let (vmcb, vmsa) = (Pfn(6), Pfn(5));
+    assert_eq!(machine.rmp.vmrun(vmcb, B, vmsa), Err(VmrunError::Invalid), "another guest's");
+    machine.rmp.vmrun(vmcb, A, vmsa).unwrap();
+    assert_eq!(machine.rmp.vmrun(vmcb, A, vmsa), gp);
+    assert_eq!(machine.rmp.vmrun(Pfn(7), A, vmsa), Err(VmrunError::Invalid), "running elsewhere");
+    let give = RmpUpdate::private(Gfn(6), RmpSize::Page4K, A, false);
+    assert_eq!(machine.rmp.rmpupdate(vmcb, give), Err(RmpError::InUse));
+    assert_eq!(machine.rmp.rmpupdate(vmsa, RmpUpdate::shared(RmpSize::Page4K)), Err(RmpError::InUse));
+    machine.rmp.vmexit(vmcb, vmsa);
+    assert_eq!(machine.rmp.rmpupdate(vmcb, give), Ok(()));
+}
+
 /// The firmware's order of checks: each row violates the named check and every later one that it can.
 #[test]
 fn launch_update_checks_in_order() {
