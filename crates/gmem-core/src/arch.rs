@@ -39,6 +39,15 @@ pub enum Arch {
     Pkvm(Box<Pkvm>),
 }
 
+/// How a guest gives private pages up, beside asking the VMM to convert them.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum GiveUp {
+    /// By an instruction or a call that is over before it asks: PVALIDATE with 0, pKVM MEM_SHARE.
+    BeforeConversion,
+    /// The call is what asks, and takes effect when the VMM has converted: RSI_IPA_STATE_SET to EMPTY.
+    WithConversion,
+}
+
 /// Evaluates the same expression for the architecture that there is, or another one where there is none.
 macro_rules! each {
     ($arch:expr, $vendor:ident => $body:expr, else $otherwise:expr) => {
@@ -225,11 +234,13 @@ impl Arch {
         each!(self, vendor => vendor.guest_access(mapping, kind), else GuestOutcome::Done)
     }
 
-    /// The guest accepts (validates) a private page that is mapped. Says what it finds there, or why it cannot.
+    /// The guest accepts (validates) a private page that is mapped, of a frame with this attribute. Says what it finds there, or
+    /// why it cannot.
     ///
     /// # Errors
-    /// The outcome of the instruction when it does not succeed.
-    pub fn guest_accept(&mut self, mapping: Mapping) -> Result<Contents, GuestOutcome> {
+    /// The outcome of the instruction when it does not succeed. [`ExitReason::RipasChange`]: the VMM is asked to convert the
+    /// frame, with KVM_EXIT_MEMORY_FAULT, and the realm waits; once it is converted, this call is to be repeated.
+    pub fn guest_accept(&mut self, mapping: Mapping, attribute: Side) -> Result<Contents, GuestOutcome> {
         let mapping = placed(mapping);
         let before = self.guest_probe(mapping);
         let outcome = match self {
@@ -237,7 +248,7 @@ impl Arch {
             Self::Snp(snp) => snp.guest_accept(mapping, Acceptance::Accept),
             Self::Tdx(tdx) => tdx.guest_accept(mapping, Acceptance::Accept),
             Self::Cca(_) if before == GuestOutcome::Done => return Ok(Contents::Kept),
-            Self::Cca(cca) => change_ripas(cca, mapping, Acceptance::Accept),
+            Self::Cca(cca) => change_ripas(cca, mapping, Acceptance::Accept, attribute),
         };
         match (outcome, before) {
             (GuestOutcome::Done, GuestOutcome::Done) => Ok(Contents::Kept),
@@ -247,24 +258,27 @@ impl Arch {
         }
     }
 
-    /// Whether guests tell hardware or hypervisor before they ask for a page to become shared.
+    /// Whether guests tell hardware, firmware or hypervisor that they give a page up, and when.
     #[must_use]
-    pub fn has_give_up(&self) -> bool {
-        matches!(self, Self::Snp(_) | Self::Cca(_) | Self::Pkvm(_))
+    pub fn give_up(&self) -> Option<GiveUp> {
+        match self {
+            Self::Default | Self::SwProtected | Self::Sev(_) | Self::Tdx(_) => None,
+            Self::Snp(_) | Self::Pkvm(_) => Some(GiveUp::BeforeConversion),
+            Self::Cca(_) => Some(GiveUp::WithConversion),
+        }
     }
 
-    /// The guest gives a private page up, before the VMM is asked to convert it: PVALIDATE with 0, RSI_IPA_STATE_SET to EMPTY
-    /// (which the host grants at once, and the page goes), pKVM MEM_SHARE. Others have no such call. Says what becomes of
-    /// the page's bytes.
+    /// The guest gives up a private page, of a frame with this attribute. Says what becomes of the page's bytes: those that a
+    /// realm still has when its RIPAS changes go with that.
     ///
     /// # Errors
-    /// The outcome of the instruction when it does not succeed.
-    pub fn guest_give_up(&mut self, mapping: Mapping) -> Result<Contents, GuestOutcome> {
+    /// The outcome of the instruction when it does not succeed; [`ExitReason::RipasChange`] as in [`Arch::guest_accept`].
+    pub fn guest_give_up(&mut self, mapping: Mapping, attribute: Side) -> Result<Contents, GuestOutcome> {
         let mapping = placed(mapping);
         let (outcome, contents) = match self {
             Self::Default | Self::SwProtected | Self::Sev(_) | Self::Tdx(_) => return Ok(Contents::Kept),
             Self::Snp(snp) => (snp.guest_accept(mapping, Acceptance::GiveUp), Contents::Kept),
-            Self::Cca(cca) => (change_ripas(cca, mapping, Acceptance::GiveUp), Contents::Zeroed),
+            Self::Cca(cca) => (change_ripas(cca, mapping, Acceptance::GiveUp, attribute), Contents::Zeroed),
             Self::Pkvm(pkvm) => (pkvm.guest_accept(mapping, Acceptance::GiveUp), Contents::Kept),
         };
         if outcome == GuestOutcome::Done { Ok(contents) } else { Err(outcome) }
@@ -334,11 +348,19 @@ fn is_assigned(cca: &Cca, gfn: Gfn) -> bool {
     walk.is_some_and(|walk| matches!(walk.entry, cca::Entry::Assigned { .. }))
 }
 
-/// The realm asks for RAM or for none, the host grants it.
-fn change_ripas(cca: &mut Cca, mapping: Mapping, what: Acceptance) -> GuestOutcome {
+/// The realm asks for RAM or for none. KVM leaves that to the VMM while the frame is on the other side, and does what the realm
+/// asked for when the vCPU is run again and the frame has been converted (`kvm_complete_ripas_change()`). A VMM that refuses
+/// does not run the vCPU again: KVM never rejects a change with the flag of RMI_REC_ENTER.
+///
+/// The waiting request is not kept here, where one REC stands for all vCPUs, but made anew: nobody can tell the difference.
+fn change_ripas(cca: &mut Cca, mapping: Mapping, what: Acceptance, attribute: Side) -> GuestOutcome {
+    let side = if what == Acceptance::Accept { Side::Private } else { Side::Shared };
+    let protected = cca.realm().is_some_and(|realm| realm.rtt().in_par(mapping.gfn.gpa()));
+    if protected && attribute != side {
+        return GuestOutcome::Exit(ExitReason::RipasChange);
+    }
     match cca.guest_accept(mapping, what) {
         GuestOutcome::Exit(ExitReason::RipasChange) => {
-            let side = if what == Acceptance::Accept { Side::Private } else { Side::Shared };
             let range = PageRange::with_len(mapping.gfn, mapping.level.pages());
             let granted = range.is_some_and(|range| cca.convert(range, side).is_ok());
             if granted { GuestOutcome::Done } else { GuestOutcome::Exception(GuestException::CallRefused) }
@@ -379,7 +401,7 @@ mod tests {
                 arch.make_private(mapping.gfn, mapping.pfn).unwrap();
                 arch.map(mapping).unwrap();
             }
-            arch.guest_accept(mapping).unwrap();
+            arch.guest_accept(mapping, Side::Private).unwrap();
             assert_eq!(arch.guest_access(mapping, AccessKind::Store), GuestOutcome::Done);
             assert!(!arch.is_dead());
         }
@@ -387,25 +409,48 @@ mod tests {
 
     #[test]
     fn a_page_that_was_given_up_is_not_the_guests_any_more() {
-        for mut arch in architectures().into_iter().filter(Arch::has_give_up) {
+        for mut arch in architectures().into_iter().filter(|arch| arch.give_up().is_some()) {
             let mapping =
                 Mapping { gfn: Gfn(7), pfn: FileId(3).pfn(PageIndex(5)), level: Level::Page4K, side: Side::Private };
             let ram = arch.convert(PageRange::page(Gfn(7)), Side::Private);
             assert!(arch.finalize().is_ok() && ram.is_ok(), "{arch:?}");
             arch.make_private(mapping.gfn, mapping.pfn).unwrap();
             arch.map(mapping).unwrap();
-            arch.guest_accept(mapping).unwrap();
+            arch.guest_accept(mapping, Side::Private).unwrap();
             assert_ne!(arch.host_access(mapping.pfn, AccessKind::Fetch), HostOutcome::Plain);
             if let Arch::Pkvm(_) = &arch {
                 // The look above took the page by force.
                 arch = Arch::pkvm();
                 arch.map(mapping).unwrap();
             }
-            assert!(arch.guest_give_up(mapping).is_ok(), "{arch:?}");
+            assert!(arch.guest_give_up(mapping, Side::Shared).is_ok(), "{arch:?}");
             let shared = arch.host_access(mapping.pfn, AccessKind::Load) == HostOutcome::Plain;
             let usable = arch.guest_access(mapping, AccessKind::Load) == GuestOutcome::Done;
             assert_eq!(usable, matches!(arch, Arch::Pkvm(_)), "{arch:?}");
             assert_eq!(shared, !matches!(arch, Arch::Snp(_)), "RMP entries change at the conversion: {arch:?}");
         }
+    }
+
+    #[test]
+    fn a_realm_waits_until_the_vmm_has_converted() {
+        let mut arch = Arch::cca(&cca::Config::default()).unwrap();
+        let mapping = Mapping { gfn: Gfn(7), pfn: Pfn(5), level: Level::Page4K, side: Side::Private };
+        arch.convert(PageRange::page(Gfn(7)), Side::Private).unwrap();
+        arch.finalize().unwrap();
+        arch.map(mapping).unwrap();
+        let before = arch.clone();
+        let asked = Err(GuestOutcome::Exit(ExitReason::RipasChange));
+        assert_eq!(arch.guest_give_up(mapping, Side::Private), asked);
+        assert_eq!(arch, before, "the VMM may leave it at that, and the page is the realm's");
+        assert_eq!(arch.guest_give_up(mapping, Side::Shared), Ok(Contents::Zeroed));
+        assert_eq!(arch.guest_accept(mapping, Side::Shared), asked);
+        assert_eq!(arch.guest_accept(mapping, Side::Private), Ok(Contents::Undefined));
+        let outside = Mapping { gfn: Gfn(1 << 35), ..mapping };
+        let refused = Err(GuestOutcome::Exception(GuestException::CallRefused));
+        assert_eq!(
+            arch.guest_give_up(outside, Side::Private),
+            refused,
+            "the monitor says so, and the VMM never hears of it"
+        );
     }
 }

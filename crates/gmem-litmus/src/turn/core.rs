@@ -4,6 +4,7 @@ use std::cmp::Ordering;
 
 use gmem_core::Vm;
 use gmem_core::addr::{Gfn, GfnRange, PageNumber, PageRange, PfnRange};
+use gmem_core::arch::GiveUp;
 use gmem_core::ops::{Action, Operation, Pages, Parts, PopulatePage, Step};
 use gmem_core::vendor::{AccessKind, Contents, HostOutcome, PopulateKind};
 
@@ -86,10 +87,19 @@ impl Turn<'_> {
                 if matches!(op, CoreOp::Close(_)) {
                     self.destroy_if_unused();
                 }
-                self.finish(stmt, seen)
+                match stmt.op {
+                    Op::Share { range } if seen == Seen::Ok && self.gives_up_with_conversion() => {
+                        self.end_sharing(stmt, range, seen)
+                    }
+                    _ => self.finish(stmt, seen),
+                }
             }
             Step::Done(End::Fault(_)) => false,
         }
+    }
+
+    fn gives_up_with_conversion(&self) -> bool {
+        self.vm.arch.give_up() == Some(GiveUp::WithConversion)
     }
 
     pub(super) fn map_in(&mut self, stmt: &Stmt, mut op: CoreOp) -> bool {

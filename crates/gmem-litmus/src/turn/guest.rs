@@ -1,6 +1,6 @@
 //! A vCPU in the guest, in a fault, and waiting for the VMM's answer to an exit.
 
-use gmem_core::addr::{Gfn, GfnRange, PageIndex, PageNumber, PageRange, Pfn};
+use gmem_core::addr::{Gfn, GfnRange, Level, PageIndex, PageNumber, PageRange, Pfn};
 use gmem_core::file::FileId;
 use gmem_core::ops::{Access, Fault, FaultEnd, Origin, SetAttributes, Step};
 use gmem_core::vendor::{AccessKind, ExitReason, GuestOutcome, HostOutcome, Mapping, Side};
@@ -18,12 +18,8 @@ use crate::value::{Errno, Seen, Value};
 impl Turn<'_> {
     pub(super) fn walk(&mut self, stmt: &Stmt, walk: Walk) -> bool {
         self.touch.add(Touch::WALK);
-        if self.vm.arch.is_dead() || self.machine.vm_closed {
-            return self.finish(stmt, Seen::Dead);
-        }
-        if !self.vm.arch.prefault_allowed() {
-            // KVM_RUN is refused on the same condition: before SNP_LAUNCH_FINISH, KVM_TDX_FINALIZE_VM, realm activation.
-            return self.finish(stmt, Seen::Errno(Errno::EINVAL));
+        if let Some(seen) = self.cannot_run() {
+            return self.finish(stmt, seen);
         }
         let ThreadKind::Vcpu { number: vcpu, .. } = self.kind else { return self.finish(stmt, Seen::Nothing) };
         let claimed = match stmt.op {
@@ -51,6 +47,15 @@ impl Turn<'_> {
         self.start_fault(stmt, walk, claimed)
     }
 
+    /// What KVM_RUN ends with before there is a guest to run.
+    fn cannot_run(&self) -> Option<Seen> {
+        if self.vm.arch.is_dead() || self.machine.vm_closed {
+            return Some(Seen::Dead);
+        }
+        // KVM_RUN is refused on the same condition: before SNP_LAUNCH_FINISH, KVM_TDX_FINALIZE_VM, realm activation.
+        (!self.vm.arch.prefault_allowed()).then_some(Seen::Errno(Errno::EINVAL))
+    }
+
     pub(super) fn start_fault(&mut self, stmt: &Stmt, walk: Walk, claimed: Side) -> bool {
         self.say(|| format!("faults at gfn {}, {}", walk.gfn.0, word(claimed)));
         let fault = Fault::new(Access { gfn: walk.gfn, claimed }, Origin::Guest);
@@ -72,7 +77,8 @@ impl Turn<'_> {
             GuestOutcome::Done => self.touched(stmt, walk, pfn, side),
             GuestOutcome::Exit(ExitReason::NotPresent | ExitReason::Rmp { .. }) => self.in_vain(stmt, walk, side),
             GuestOutcome::Exit(ExitReason::PendingTd) => self.harmed(stmt, Seen::Dead),
-            GuestOutcome::Exit(ExitReason::RealmAbort | ExitReason::RipasChange) => self.harmed(stmt, Seen::Abort),
+            GuestOutcome::Exit(ExitReason::RealmAbort) => self.harmed(stmt, Seen::Abort),
+            GuestOutcome::Exit(ExitReason::RipasChange) => self.exit(stmt, walk, side),
             GuestOutcome::Exit(ExitReason::Poisoned) => self.harmed(stmt, Seen::Errno(Errno::EFAULT)),
             GuestOutcome::Exception(_) => self.harmed(stmt, Seen::Exception),
         }
@@ -80,9 +86,10 @@ impl Turn<'_> {
 
     /// The guest accepts a page or gives it up.
     fn own(&mut self, mapping: Mapping, what: &Op) -> GuestOutcome {
+        let attribute = self.vm.attribute(mapping.gfn);
         let result = match what {
-            Op::Share { .. } => self.vm.arch.guest_give_up(mapping),
-            _ => self.vm.arch.guest_accept(mapping),
+            Op::Share { .. } => self.vm.arch.guest_give_up(mapping, attribute),
+            _ => self.vm.arch.guest_accept(mapping, attribute),
         };
         match result {
             Ok(contents) => {
@@ -168,6 +175,33 @@ impl Turn<'_> {
             Op::Share { range } => self.begin_sharing(stmt, range),
             _ => self.finish(stmt, Seen::Ok),
         }
+    }
+
+    /// The guest asks with an exit, and gives nothing up before that.
+    pub(super) fn ask_to_share(&mut self, stmt: &Stmt, range: GfnRange) -> bool {
+        self.touch.add(Touch::WALK);
+        match self.cannot_run() {
+            Some(seen) => self.finish(stmt, seen),
+            None => self.begin_sharing(stmt, range),
+        }
+    }
+
+    /// The VMM has converted what a realm gives up, and runs it again: only now does the realm lose it. Whatever was converted
+    /// back meanwhile the VMM is asked for once more.
+    pub(super) fn end_sharing(&mut self, stmt: &Stmt, range: GfnRange, seen: Seen) -> bool {
+        self.touch.add(Touch::TRUTH);
+        self.touch.add(Touch::WALK);
+        self.touch.add(Touch::MEMORY);
+        for gfn in range.pages() {
+            let pfn = self.machine.in_table(gfn, Some(Side::Private)).map(|entry| entry.frame(gfn).0);
+            let page = Mapping { gfn, pfn: pfn.unwrap_or(Pfn(0)), level: Level::Page4K, side: Side::Private };
+            match self.vm.arch.guest_give_up(page, self.vm.attribute(gfn)) {
+                Ok(contents) => pfn.into_iter().for_each(|pfn| self.machine.becomes(PageRange::page(pfn), contents)),
+                Err(GuestOutcome::Exit(ExitReason::RipasChange)) => return self.begin_sharing(stmt, range),
+                Err(_) => return self.harmed(stmt, Seen::Exception),
+            }
+        }
+        self.finish(stmt, seen)
     }
 
     pub(super) fn begin_sharing(&mut self, stmt: &Stmt, range: GfnRange) -> bool {

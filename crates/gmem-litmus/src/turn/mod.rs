@@ -9,6 +9,7 @@ mod words;
 
 use gmem_core::Vm;
 use gmem_core::addr::{Gfn, GfnRange, PageIndex, PageRange};
+use gmem_core::arch::GiveUp;
 use gmem_core::file::FileId;
 use gmem_core::ops::{
     ChangeUserMapping, CloseFile, ConvertInPlace, Fault, MemoryFailure, Pages, Prefault, PunchHole, RestoreTemporarily,
@@ -193,10 +194,10 @@ impl<'a> Turn<'a> {
         }
         match stmt.op {
             Op::Access { gfn, .. } => self.walk(stmt, Walk { gfn, answered: 0, vain: 0 }),
-            Op::Share { range } if self.vm.arch.has_give_up() => {
+            Op::Share { range } if self.vm.arch.give_up() == Some(GiveUp::BeforeConversion) => {
                 self.walk(stmt, Walk { gfn: range.start(), answered: 0, vain: 0 })
             }
-            Op::Share { range } => self.begin_sharing(stmt, range),
+            Op::Share { range } => self.ask_to_share(stmt, range),
             Op::Accept { range } => self.walk(stmt, Walk { gfn: range.start(), answered: 0, vain: 0 }),
             _ => match self.operation(stmt) {
                 Some(op) => self.core(stmt, op),

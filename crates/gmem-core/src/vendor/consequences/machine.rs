@@ -4,7 +4,7 @@ use alloc::vec::Vec;
 
 use super::{GuestException, GuestOutcome, refused};
 use crate::addr::{Gfn, GfnRange, IndexRange, Level, PAGE_SIZE, PageIndex, PageRange, Pfn};
-use crate::arch::Arch;
+use crate::arch::{Arch, GiveUp};
 use crate::file::{FileFlags, FileId, GetPageError};
 use crate::invalidate::Filter;
 use crate::ops::{
@@ -185,15 +185,25 @@ impl Machine {
 
     /// The guest gives its page up, the VMM converts it, and the guest has written to it since.
     pub(super) fn given_up(mut self) -> Self {
-        if let Some(mapping) = self.translation(Side::Private) {
-            let given = self.vm.arch.guest_give_up(mapping);
-            debug_assert!(given.is_ok(), "{given:?}");
+        let when = self.vm.arch.give_up();
+        if when == Some(GiveUp::BeforeConversion) {
+            self.give_up();
         }
         self.set_attribute(Side::Shared);
+        if when == Some(GiveUp::WithConversion) {
+            self.give_up();
+        }
         let seen = self.access(Side::Shared, AccessKind::Store);
         debug_assert!(seen == Seen::Done, "the guest cannot use shared memory: {seen:?}");
         self.lost = false;
         self
+    }
+
+    fn give_up(&mut self) {
+        let page = Mapping { gfn: GFN, pfn: self.backing(), level: Level::Page4K, side: Side::Private };
+        let mapping = self.translation(Side::Private).unwrap_or(page);
+        let given = self.vm.arch.guest_give_up(mapping, self.vm.attribute(GFN));
+        debug_assert!(given.is_ok(), "{given:?}");
     }
 
     pub(super) fn has_large_mapping(&self) -> bool {
@@ -253,7 +263,7 @@ impl Machine {
         }
         if let Some(mapping) = self.translation(Side::Private) {
             // Whether it helped is seen by the next access.
-            let _ = self.vm.arch.guest_accept(mapping);
+            let _ = self.vm.arch.guest_accept(mapping, self.vm.attribute(GFN));
         }
     }
 
