@@ -14,7 +14,7 @@ use crate::vendor::cca::{self, Cca};
 use crate::vendor::pkvm::{PageState, Pkvm};
 use crate::vendor::sev::{Sev, SevKind};
 use crate::vendor::snp::Snp;
-use crate::vendor::tdx::Tdx;
+use crate::vendor::tdx::{GpaWidth, Tdx};
 use crate::vendor::{
     Acceptance, AccessKind, Cause, Contents, ExitReason, GuestException, GuestOutcome, HostOutcome, Mapping, Populate,
     Refusal, Side, Status,
@@ -122,6 +122,25 @@ impl Arch {
             Self::Default | Self::Sev(_) => false,
             Self::SwProtected | Self::Snp(_) | Self::Tdx(_) | Self::Cca(_) | Self::Pkvm(_) => true,
         }
+    }
+
+    /// Whether slots can be read-only (`kvm_arch_has_readonly_mem()`): KVM emulates the writes to them, which it cannot do
+    /// for a guest whose registers it does not see. Not modelled: SEV-ES has none either.
+    #[must_use]
+    pub fn has_readonly_slots(&self) -> bool {
+        !matches!(self, Self::Snp(_) | Self::Tdx(_))
+    }
+
+    /// Whether a frame is another name of one: with TDX the address of a shared page has a bit that its frame has not
+    /// (`kvm_is_gfn_alias()`).
+    #[must_use]
+    pub fn is_alias(&self, gfn: Gfn) -> bool {
+        let Self::Tdx(tdx) = self else { return false };
+        let shared_bit = match tdx.config().gpa_width {
+            GpaWidth::Bits48 => 47,
+            GpaWidth::Bits52 => 51,
+        };
+        gfn.0 & (1 << (shared_bit - crate::addr::PAGE_SHIFT)) != 0
     }
 
     /// Which side an access is on: hardware says so for most architectures; SW_PROTECTED takes the attribute.

@@ -64,6 +64,9 @@ pub enum GetPageError {
     NotBound,
     /// The page has a memory error. EHWPOISON.
     Poisoned,
+    /// The file ends before the page, to which only [`signed_offsets`](crate::vm::Rules::signed_offsets) let it be bound.
+    /// Linux makes such a page all the same; here the frame has none, and the error is EFAULT.
+    BeyondEnd,
 }
 
 /// The kernel cannot move or evict guest memory: the mapping is inaccessible and unevictable, so migration ends with

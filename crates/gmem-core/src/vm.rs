@@ -23,19 +23,28 @@ pub struct Rules {
     pub tracking: Tracking,
     /// Which mappings a change of a file takes away.
     pub file_filter: FileFilter,
-    /// A page that already has contents may not be populated again (6.12: EEXIST from the core; later kernels leave it
-    /// to the architecture).
+    /// A page that already has contents may not be populated again (6.12, 6.18: EEXIST from the core; later kernels leave
+    /// it to the architecture).
     pub populate_once: bool,
-    /// A prefault that meets a slot being deleted ends with EAGAIN (7.3); else it is retried inside the kernel (6.12).
+    /// A prefault that meets a slot being deleted ends with EAGAIN (6.18 on); else it is retried inside the kernel (6.12).
     pub prefault_reports_dying_slot: bool,
     /// VMs without private memory take slots with files too (6.18 on).
     pub files_without_private_memory: bool,
+    /// Where a slot ends in its file is reckoned in signed numbers (6.18): an end beyond 2^63 is negative, hence not beyond
+    /// the end of any file, and the slot is bound to pages that the file does not have. Others reckon in unsigned numbers.
+    pub signed_offsets: bool,
+    /// Whether pages are bound already is found out last, after the architecture has looked at the slot
+    /// (`kvm_gmem_commit_memory_region()`, 7.3); before, binding was one step ahead of that (`kvm_gmem_bind()`).
+    pub binds_last: bool,
     /// What happens to translations of the direct map when pages leave it.
     pub direct_map_flush: DirectMapFlush,
     /// Memory slots per address space.
     pub max_slots: u16,
     /// End of the addresses that a process may name (`TASK_SIZE_MAX`), which depends on the paging levels of the host.
     pub user_end: u64,
+    /// The first frame that slots cannot have: on x86 one more than `kvm_mmu_max_gfn()`, which depends on the physical
+    /// addresses of the host; on arm64 the size of the VM's IPA space.
+    pub frames_end: u64,
 }
 
 /// Who knows whether a page is private.
@@ -73,9 +82,12 @@ impl Rules {
         populate_once: false,
         prefault_reports_dying_slot: true,
         files_without_private_memory: true,
+        signed_offsets: false,
+        binds_last: true,
         direct_map_flush: DirectMapFlush::Flush,
         max_slots: 32_764,
         user_end: (1 << 47) - crate::addr::PAGE_SIZE,
+        frames_end: MAX_FRAMES,
     };
 }
 
@@ -119,6 +131,8 @@ pub enum Unbacked {
     FileClosed,
     /// The page has a memory error.
     Poisoned,
+    /// The file ends before the page ([`GetPageError::BeyondEnd`]).
+    BeyondEnd,
 }
 
 /// A virtual machine's memory.
@@ -310,6 +324,7 @@ impl Vm {
         match self.bound_page(slot, gfn) {
             Ok((file, index)) => View::FilePage { file: file.id(), index, side },
             Err(GetPageError::Poisoned) => View::Unbacked(Unbacked::Poisoned),
+            Err(GetPageError::BeyondEnd) => View::Unbacked(Unbacked::BeyondEnd),
             Err(GetPageError::NoFile | GetPageError::NotBound) => View::Unbacked(Unbacked::FileClosed),
         }
     }
@@ -322,7 +337,11 @@ impl Vm {
         if file.slot_at(index) != Some(slot.id) {
             return Err(GetPageError::NotBound);
         }
-        if file.is_poisoned(index) { Err(GetPageError::Poisoned) } else { Ok((file, index)) }
+        match index.0 < file.pages() {
+            false => Err(GetPageError::BeyondEnd),
+            true if file.is_poisoned(index) => Err(GetPageError::Poisoned),
+            true => Ok((file, index)),
+        }
     }
 
     /// Looks the page behind `gfn` up and allocates it if it is absent.
@@ -358,7 +377,8 @@ impl Vm {
         if let (Some(pages), Some(file)) = (slot.file_pages(), self.bound_file(slot))
             && let Some(first) = slot.index_of(gfn)
         {
-            let last = first.0.saturating_add(end.0 - gfn.0).min(pages.end().0);
+            let file_end = if first.0 < file.pages() { file.pages() } else { u64::MAX };
+            let last = first.0.saturating_add(end.0 - gfn.0).min(pages.end().0).min(file_end);
             let same = file.same_poison_until(first, PageIndex(last));
             end = end.min(Gfn(gfn.0 + (same.0 - first.0)));
         }

@@ -2,20 +2,24 @@
 
 mod common;
 
-use common::{HVA, Machine, claim, file, private_claim, vm};
+use common::{HVA, Machine, claim, file, gfns, private_claim, vm};
 use gmem_core::addr::{Gfn, PAGE_SIZE};
 use gmem_core::arch::Arch;
 use gmem_core::file::{FileFlags, FileId};
-use gmem_core::ops::{Claim, FileClaim, RegionError, SetRegion, check_claim};
+use gmem_core::ops::{Claim, FaultEnd, FileClaim, RegionError, SetRegion, check_claim};
 use gmem_core::slot::{SlotFlags, SlotId};
-use gmem_core::vm::{Rules, Vm};
+use gmem_core::vendor::Side;
+use gmem_core::vm::{Rules, Unbacked, View, Vm};
 
 const MIB2: u64 = 512;
 const NEW: u32 = 9;
+/// `kvm_mmu_max_gfn()` + 1 of a host with 46 bits of physical address.
+const FRAMES_END: u64 = 1 << 34;
 
 /// A VM with slot 0 (file, frames 0..4), slot 1 (no file, frames 16..20) and a file of 16 pages.
 fn world() -> (Vm, FileId) {
     let mut vm = vm(Arch::SwProtected);
+    vm.rules.frames_end = FRAMES_END;
     let id = file(&mut vm, 16, FileFlags::empty());
     let mut machine = Machine::default();
     machine.set_region(&mut vm, private_claim(0, 0, 4, id, 0)).expect("valid");
@@ -57,6 +61,11 @@ fn of_create() -> Vec<Wrong> {
             }
         }),
         wrong("past the end of the file", RegionError::File, |claim| claim.guest_memfd_offset = 15 * PAGE_SIZE),
+        wrong("beyond every guest's reach", RegionError::Unreachable, |claim| {
+            if claim.guest_phys_addr != 17 * PAGE_SIZE {
+                claim.guest_phys_addr = FRAMES_END * PAGE_SIZE - 3 * PAGE_SIZE;
+            }
+        }),
         wrong("pages bound already", RegionError::PagesBound, |claim| {
             if claim.guest_memfd_offset != 15 * PAGE_SIZE {
                 claim.guest_memfd_offset = 3 * PAGE_SIZE;
@@ -224,4 +233,140 @@ fn slots_are_counted_up_to_the_limit() {
         None,
         "what a deleted slot had can be bound again"
     );
+}
+
+/// The same claim for other frames; the address stays where user space is.
+fn at(claim: Claim, gfn: u64) -> Claim {
+    Claim { guest_phys_addr: gfn * PAGE_SIZE, ..claim }
+}
+
+/// `kvm_arch_prepare_memory_region()`: the last frame is what counts, for new slots and moves.
+#[test]
+fn slots_end_where_guests_can_reach() {
+    let (vm, id) = world();
+    for (what, end, expected) in
+        [("the last frame", FRAMES_END, None), ("one more", FRAMES_END + 1, Some(RegionError::Unreachable))]
+    {
+        assert_eq!(refused(&vm, at(claim(NEW, 32, 4), end - 4)), expected, "new: {what}");
+        assert_eq!(refused(&vm, at(private_claim(NEW, 32, 4, id, 8), end - 4)), expected, "new with a file: {what}");
+        let moved = at(claim(1, 16, 4), end - 4);
+        assert_eq!(refused(&vm, moved), expected, "moved: {what}");
+        assert_eq!(refused(&vm, Claim { memory_size: 0, ..moved }), None, "a delete looks at no frames");
+    }
+}
+
+/// The frame that a TD calls by its address with the shared bit is no other frame (`kvm_is_gfn_alias()`, bit 47 of 48).
+#[test]
+fn the_shared_bit_of_a_td_is_no_part_of_a_slot() {
+    const SHARED: u64 = 1 << (47 - 12);
+    let td = vm(Arch::tdx());
+    for (first, expected) in [
+        (SHARED - 2, None),
+        (SHARED - 1, Some(RegionError::Unreachable)),
+        (SHARED, Some(RegionError::Unreachable)),
+        // Only the last frame is looked at.
+        (2 * SHARED - 1, None),
+    ] {
+        assert_eq!(refused(&td, at(claim(0, 0, 2), first)), expected, "{first:#x}");
+        assert_eq!(refused(&vm(Arch::snp()), at(claim(0, 0, 2), first)), None, "{first:#x}");
+    }
+}
+
+/// 7.3 binds in `kvm_gmem_commit_memory_region()`, last of all; before, `kvm_gmem_bind()` came ahead of
+/// `kvm_arch_prepare_memory_region()`.
+#[test]
+fn bound_pages_are_found_out_before_or_after_the_architecture_looks() {
+    let (mut vm, id) = world();
+    let frames = FRAMES_END - 3;
+    for (binds_last, first) in [(true, RegionError::Unreachable), (false, RegionError::PagesBound)] {
+        vm.rules.binds_last = binds_last;
+        assert_eq!(refused(&vm, private_claim(NEW, 32, 4, id, 3)), Some(RegionError::PagesBound));
+        assert_eq!(refused(&vm, at(private_claim(NEW, 32, 4, id, 8), frames)), Some(RegionError::Unreachable));
+        assert_eq!(refused(&vm, at(private_claim(NEW, 32, 4, id, 3), frames)), Some(first), "{binds_last}");
+        assert_eq!(
+            refused(&vm, at(private_claim(NEW, 32, 4, id, 15), frames)),
+            Some(RegionError::File),
+            "{binds_last}"
+        );
+    }
+}
+
+/// `kvm_arch_has_readonly_mem()`: not where `has_protected_state`. It is part of the check of flags, so it fails a delete, too.
+#[test]
+fn guests_with_protected_state_have_no_readonly_slots() {
+    let readonly = Claim { flags: SlotFlags::READONLY.bits(), ..claim(0, 0, 4) };
+    for arch in [Arch::Default, Arch::SwProtected] {
+        assert_eq!(refused(&vm(arch), readonly), None);
+    }
+    for arch in [Arch::snp(), Arch::tdx()] {
+        let vm = vm(arch);
+        assert_eq!(refused(&vm, readonly), Some(RegionError::ReadOnly));
+        assert_eq!(refused(&vm, Claim { guest_phys_addr: 1, ..readonly }), Some(RegionError::ReadOnly));
+        assert_eq!(refused(&vm, Claim { memory_size: 0, ..readonly }), Some(RegionError::ReadOnly));
+        assert_eq!(refused(&vm, Claim { slot: 40_000, ..readonly }), Some(RegionError::SlotNumber));
+    }
+}
+
+/// `kvm_gmem_bind()` of 6.18 as the C compiler reads it, in numbers that do not wrap: `offset < 0 || offset + size > i_size`
+/// in 64 signed bits.
+fn refused_by_6_18(offset: u64, size: u64, file_size: u64) -> bool {
+    let signed = |value: i128| (value + (1 << 63)).rem_euclid(1 << 64) - (1 << 63);
+    let offset = signed(offset.into());
+    offset < 0 || signed(offset + i128::from(size)) > i128::from(file_size)
+}
+
+#[test]
+fn an_end_in_the_file_that_is_negative_is_accepted_by_6_18_alone() {
+    const SIZE: u64 = 4 * PAGE_SIZE;
+    const HALF: u64 = 1 << 63;
+    let offsets = [
+        0,
+        12 * PAGE_SIZE,
+        13 * PAGE_SIZE,
+        HALF - SIZE - PAGE_SIZE,
+        HALF - SIZE,
+        HALF - PAGE_SIZE,
+        HALF,
+        HALF + PAGE_SIZE,
+        0u64.wrapping_sub(2 * SIZE),
+    ];
+    let (mut vm, id) = world();
+    for signed_offsets in [false, true] {
+        vm.rules.signed_offsets = signed_offsets;
+        for offset in offsets {
+            let claim = Claim { guest_memfd_offset: offset, ..private_claim(NEW, 32, 4, id, 0) };
+            let past = match signed_offsets {
+                true => refused_by_6_18(offset, SIZE, 16 * PAGE_SIZE),
+                false => offset + SIZE > 16 * PAGE_SIZE,
+            };
+            let bound = (offset == 0).then_some(RegionError::PagesBound);
+            let expected = if past { Some(RegionError::File) } else { bound };
+            assert_eq!(refused(&vm, claim), expected, "{offset:#x}, signed: {signed_offsets}");
+        }
+        let wraps = Claim { guest_memfd_offset: 0u64.wrapping_sub(SIZE), ..private_claim(NEW, 32, 4, id, 0) };
+        assert_eq!(refused(&vm, wraps), Some(RegionError::Geometry), "64 unsigned bits are looked at by all");
+    }
+    assert!(!refused_by_6_18(HALF - PAGE_SIZE, SIZE, 16 * PAGE_SIZE), "what was observed on 6.18.44");
+}
+
+#[test]
+fn pages_beyond_the_end_are_bound_and_never_served() {
+    let (mut vm, id) = world();
+    vm.rules.signed_offsets = true;
+    let mut machine = Machine::default();
+    let last = (1 << 51) - 1;
+    machine.set_region(&mut vm, private_claim(NEW, 32, 2, id, last)).expect("6.18 does not see it");
+    let again = private_claim(NEW + 1, 64, 1, id, last);
+    assert_eq!(refused(&vm, again), Some(RegionError::PagesBound));
+    machine.set_attributes(&mut vm, gfns(32, 34), Side::Private);
+    let unbacked = View::Unbacked(Unbacked::BeyondEnd);
+    for gfn in [32, 33] {
+        assert!(matches!(machine.fault(&mut vm, gfn), FaultEnd::MemoryFault(fault) if fault.gfn == Gfn(gfn)));
+        assert_eq!(vm.view(Gfn(gfn)), unbacked);
+    }
+    let slot = vm.slots().get(SlotId::from_raw(NEW)).expect("set");
+    assert_eq!(vm.views(slot, gfns(32, 34)).collect::<Vec<_>>(), [(gfns(32, 34), unbacked)]);
+    machine.set_region(&mut vm, claim(NEW, 0, 0)).expect("exists");
+    machine.set_region(&mut vm, again).expect("free again");
+    machine.close(&mut vm, id);
 }

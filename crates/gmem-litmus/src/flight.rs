@@ -158,7 +158,7 @@ fn of_prefault(result: Result<u64, PrefaultError>, pages: u64) -> Seen {
 
 pub(crate) fn of_page(error: GetPageError) -> Errno {
     match error {
-        GetPageError::NoFile => Errno::EFAULT,
+        GetPageError::NoFile | GetPageError::BeyondEnd => Errno::EFAULT,
         GetPageError::NotBound => Errno::EIO,
         GetPageError::Poisoned => Errno::EHWPOISON,
     }

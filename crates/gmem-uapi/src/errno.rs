@@ -27,7 +27,9 @@ pub(crate) fn region(profile: &Profile, error: RegionError) -> Errno {
         | RegionError::NoSuchSlot
         | RegionError::TooManyPages
         | RegionError::Immutable
-        | RegionError::File => Errno::INVAL,
+        | RegionError::ReadOnly
+        | RegionError::File
+        | RegionError::Unreachable => Errno::INVAL,
         RegionError::Overlap => Errno::EXIST,
         RegionError::BadDescriptor => Errno::BADF,
         RegionError::PagesBound => profile.pages_bound,
@@ -36,7 +38,7 @@ pub(crate) fn region(profile: &Profile, error: RegionError) -> Errno {
 
 pub(crate) fn page(error: GetPageError) -> Errno {
     match error {
-        GetPageError::NoFile => Errno::FAULT,
+        GetPageError::NoFile | GetPageError::BeyondEnd => Errno::FAULT,
         GetPageError::NotBound => Errno::IO,
         GetPageError::Poisoned => Errno::HWPOISON,
     }

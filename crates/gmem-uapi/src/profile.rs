@@ -42,6 +42,7 @@ pub static PROFILES: [Profile; 3] = [
             populate_once: true,
             prefault_reports_dying_slot: false,
             files_without_private_memory: false,
+            binds_last: false,
             ..Rules::NEWEST
         },
     },
@@ -53,7 +54,7 @@ pub static PROFILES: [Profile; 3] = [
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::INVAL,
-        rules: Rules::NEWEST,
+        rules: Rules { populate_once: true, signed_offsets: true, binds_last: false, ..Rules::NEWEST },
     },
     Profile {
         name: "linux-7.3",
@@ -83,7 +84,13 @@ pub fn of_release(release: &str) -> &'static Profile {
 
 #[cfg(test)]
 mod tests {
+    use gmem_core::addr::PAGE_SIZE;
+    use gmem_core::arch::Arch;
+    use gmem_core::ops::{self, Action, Claim, FileClaim, SetRegion, check_claim};
+    use gmem_core::vm::Vm;
+
     use super::*;
+    use crate::errno;
 
     #[test]
     fn a_release_gets_the_newest_profile_that_is_not_newer() {
@@ -96,5 +103,54 @@ mod tests {
         ] {
             assert_eq!(of_release(release).name, name, "{release}");
         }
+    }
+
+    const SLOT: Claim = Claim {
+        slot: 1,
+        flags: 1 << 2,
+        guest_phys_addr: 1 << 30,
+        memory_size: PAGE_SIZE,
+        userspace_addr: 0,
+        file: FileClaim::BadDescriptor,
+        guest_memfd_offset: 0,
+    };
+
+    /// What `KVM_SET_USER_MEMORY_REGION2` returns in a VM with a file of two pages, of which slot 0 has the first.
+    fn region(profile: &Profile, spoil: impl Fn(&mut Claim)) -> Result<(), Errno> {
+        let mut vm = Vm::new(Arch::SwProtected, Rules { frames_end: 1 << 34, ..profile.rules });
+        let id = vm.create_file(2 * PAGE_SIZE, 0, profile.file_flags).expect("two pages");
+        let good = Claim { file: FileClaim::File(id), ..SLOT };
+        let first = Claim { slot: 0, guest_phys_addr: 0, ..good };
+        ops::run(&mut SetRegion::new(first), &mut vm, |_, _, _: Action| {}).expect("valid");
+        let mut claim = Claim { guest_memfd_offset: PAGE_SIZE, ..good };
+        spoil(&mut claim);
+        check_claim(&vm, &claim).map_err(|error| errno::region(profile, error))
+    }
+
+    /// The order of the profiles is that of the columns: `kvm_gmem_bind()` of 6.12.117 and 6.18, and what 7.3 made of it.
+    #[test]
+    fn offsets_and_bound_pages_by_profile() {
+        const BEYOND: u64 = 1 << 46;
+        const LAST: u64 = (1 << 63) - PAGE_SIZE;
+        let (inval, exist) = (Err(Errno::INVAL), Err(Errno::EXIST));
+        let of_all = |spoil: fn(&mut Claim)| [0, 1, 2].map(|at| region(&PROFILES[at], spoil));
+        assert_eq!(of_all(|_| ()), [Ok(()); 3]);
+        assert_eq!(of_all(|claim| claim.guest_memfd_offset = 2 * PAGE_SIZE), [inval; 3], "past the end");
+        assert_eq!(of_all(|claim| claim.guest_memfd_offset = LAST), [inval, Ok(()), inval], "wraps in 64 signed bits");
+        assert_eq!(
+            of_all(|claim| claim.guest_memfd_offset = LAST - PAGE_SIZE),
+            [inval; 3],
+            "the largest that does not"
+        );
+        assert_eq!(of_all(|claim| claim.guest_memfd_offset = 1 << 63), [inval; 3], "a negative offset");
+        assert_eq!(
+            of_all(|claim| claim.guest_memfd_offset = u64::MAX - 0xfff),
+            [inval; 3],
+            "wraps in 64 unsigned bits"
+        );
+        assert_eq!(of_all(|claim| claim.guest_memfd_offset = 0), [inval, inval, exist], "bound already");
+        assert_eq!(of_all(|claim| claim.guest_phys_addr = BEYOND), [inval; 3]);
+        let both = of_all(|claim| (claim.guest_memfd_offset, claim.guest_phys_addr) = (0, BEYOND));
+        assert_eq!(both, [inval; 3], "7.3 looks at the bindings last");
     }
 }

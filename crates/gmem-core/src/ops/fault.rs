@@ -230,7 +230,7 @@ impl Fault {
     fn page_error(&mut self, target: Target, error: GetPageError) -> Step<FaultEnd> {
         let fault = self.memory_fault(target.side);
         let end = match error {
-            GetPageError::NoFile => FaultEnd::MemoryFault(fault),
+            GetPageError::NoFile | GetPageError::BeyondEnd => FaultEnd::MemoryFault(fault),
             GetPageError::NotBound | GetPageError::Poisoned => FaultEnd::PageError(fault, error),
         };
         self.unlock_then(target, end)

@@ -13,7 +13,7 @@ pub enum PopulateError {
     Page(GetPageError),
     /// The frame's attribute is shared. EINVAL.
     NotPrivate,
-    /// The page has contents already (6.12 only). EEXIST.
+    /// The page has contents already (6.12, 6.18). EEXIST.
     Populated,
     /// The architecture refused.
     Refused(Refusal),

@@ -1,6 +1,6 @@
 use super::{Action, Lock, Operation, Parts, Reach, Step};
-use crate::addr::{Gfn, GfnRange, IndexRange, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange};
-use crate::file::{FileFlags, FileId};
+use crate::addr::{Gfn, GfnRange, PAGE_SHIFT, PAGE_SIZE, PageIndex};
+use crate::file::{File, FileFlags, FileId};
 use crate::invalidate::Filter;
 use crate::slot::{Binding, Slot, SlotFlags, SlotId};
 use crate::vm::Vm;
@@ -43,11 +43,16 @@ pub enum FileClaim {
 /// Why a slot cannot be set. In the order of the kernel's checks.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum RegionError {
-    /// The number is not below the VM's limit, or the address space does not exist. EINVAL.
+    /// Bits 15:0 of the slot are not below [`max_slots`](crate::vm::Rules::max_slots) (`KVM_USER_MEM_SLOTS`). Looked at before
+    /// everything else and whatever the claim asks for, a delete included. An address space (bits 31:16) that the VM has
+    /// not is [`RegionError::Geometry`]. EINVAL.
     SlotNumber,
     /// Flags that do not exist or exclude each other. EINVAL.
     Flags,
-    /// Size, gpa, address or offset not aligned, not addressable, wrapping or too large. EINVAL.
+    /// A read-only slot of a VM whose state is protected: KVM could not emulate the writes (`kvm_arch_has_readonly_mem()`).
+    /// EINVAL.
+    ReadOnly,
+    /// Size, gpa, address or offset not aligned, not addressable, wrapping or too large, or no such address space. EINVAL.
     Geometry,
     /// A delete names no slot. EINVAL.
     NoSuchSlot,
@@ -61,8 +66,11 @@ pub enum RegionError {
     BadDescriptor,
     /// Not a guest_memfd, of another VM, or offset and size pass its end. EINVAL.
     File,
-    /// Some of the file's pages are bound already. EINVAL up to 6.18, EEXIST from 7.2 on.
+    /// Some of the file's pages are bound already. EINVAL up to 6.18, EEXIST from 7.2 on. Found out before
+    /// [`RegionError::Unreachable`] where [`binds_last`](crate::vm::Rules::binds_last) is not set.
     PagesBound,
+    /// No guest of the VM can reach the last of the frames (`kvm_arch_prepare_memory_region()`). EINVAL on x86, EFAULT on arm64.
+    Unreachable,
 }
 
 /// What a valid claim does.
@@ -259,7 +267,8 @@ fn check(vm: &Vm, claim: &Claim) -> Result<Change, RegionError> {
 fn check_flags(vm: &Vm, claim: &Claim) -> Result<SlotFlags, RegionError> {
     let flags = SlotFlags::from_bits(claim.flags).ok_or(RegionError::Flags)?;
     if !Vm::is_private_slot(flags) {
-        return Ok(flags);
+        let forbidden = flags.contains(SlotFlags::READONLY) && !vm.arch.has_readonly_slots();
+        return if forbidden { Err(RegionError::ReadOnly) } else { Ok(flags) };
     }
     let excluded = flags.intersects(SlotFlags::LOG_DIRTY_PAGES | SlotFlags::READONLY);
     if excluded || !vm.takes_private_slots() { Err(RegionError::Flags) } else { Ok(flags) }
@@ -282,7 +291,12 @@ fn check_create(vm: &Vm, claim: &Claim, mut slot: Slot) -> Result<Change, Region
     vm.slots.pages().checked_add(slot.gfns.len()).ok_or(RegionError::TooManyPages)?;
     check_overlap(vm, &slot)?;
     if Vm::is_private_slot(slot.flags) {
-        slot.binding = Some(check_file(vm, claim, &slot)?);
+        slot.binding = Some(check_file(vm, claim)?);
+    }
+    if vm.rules.binds_last {
+        check_reach(vm, &slot).and_then(|()| check_unbound(vm, &slot))?;
+    } else {
+        check_unbound(vm, &slot).and_then(|()| check_reach(vm, &slot))?;
     }
     Ok(Change::Create(slot))
 }
@@ -299,6 +313,7 @@ fn check_change(vm: &Vm, old: &Slot, new: Slot) -> Result<Change, RegionError> {
     }
     if old.gfns != new.gfns {
         check_overlap(vm, &new)?;
+        check_reach(vm, &new)?;
         return Ok(Change::Move(old.id, new));
     }
     Ok(if old.flags == new.flags { Change::Nothing } else { Change::Flags(old.id, new.flags) })
@@ -309,7 +324,21 @@ fn check_overlap(vm: &Vm, slot: &Slot) -> Result<(), RegionError> {
     others.next().map_or(Ok(()), |_| Err(RegionError::Overlap))
 }
 
-fn check_file(vm: &Vm, claim: &Claim, slot: &Slot) -> Result<Binding, RegionError> {
+/// The kernel asks this of a slot that moves only after it has taken the mappings of the old frames away, which come back
+/// by faults.
+fn check_reach(vm: &Vm, slot: &Slot) -> Result<(), RegionError> {
+    let last = Gfn(slot.gfns.end().0.saturating_sub(1));
+    let reachable = last.0 < vm.rules.frames_end && !vm.arch.is_alias(last);
+    if reachable { Ok(()) } else { Err(RegionError::Unreachable) }
+}
+
+fn check_unbound(vm: &Vm, slot: &Slot) -> Result<(), RegionError> {
+    let file = slot.binding.and_then(|binding| vm.file(binding.file?));
+    let bound = file.zip(slot.file_pages()).is_some_and(|(file, pages)| file.is_bound(pages));
+    if bound { Err(RegionError::PagesBound) } else { Ok(()) }
+}
+
+fn check_file(vm: &Vm, claim: &Claim) -> Result<Binding, RegionError> {
     let id = match claim.file {
         FileClaim::BadDescriptor => return Err(RegionError::BadDescriptor),
         FileClaim::NotGuestMemfd | FileClaim::OtherVm => return Err(RegionError::File),
@@ -318,14 +347,21 @@ fn check_file(vm: &Vm, claim: &Claim, slot: &Slot) -> Result<Binding, RegionErro
     // A file whose last descriptor has gone is no longer named by any, even while its memory is still being freed.
     let file = vm.file(id).filter(|file| file.is_open()).ok_or(RegionError::BadDescriptor)?;
     let first = PageIndex(claim.guest_memfd_offset >> PAGE_SHIFT);
-    let pages: IndexRange = PageRange::with_len(first, slot.gfns.len()).ok_or(RegionError::File)?;
-    if pages.end().0 > file.pages() {
+    if !ends_within(vm, claim, file) {
         return Err(RegionError::File);
     }
-    if file.is_bound(pages) {
-        return Err(RegionError::PagesBound);
-    }
     Ok(Binding { file: Some(id), first, file_only: vm.serves_every_fault(file.flags()) })
+}
+
+/// Whether the kernel finds that the claim's pages end within the file. That offset and size do not wrap is known already.
+fn ends_within(vm: &Vm, claim: &Claim, file: &File) -> bool {
+    let size = file.pages().saturating_mul(PAGE_SIZE);
+    let end = claim.guest_memfd_offset.wrapping_add(claim.memory_size);
+    if vm.rules.signed_offsets {
+        !claim.guest_memfd_offset.cast_signed().is_negative() && end.cast_signed() <= size.cast_signed()
+    } else {
+        end <= size
+    }
 }
 
 impl Vm {
