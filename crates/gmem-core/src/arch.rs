@@ -156,6 +156,13 @@ impl Arch {
         each!(self, vendor => vendor.max_level(frame(pfn), side), else Level::Page1G)
     }
 
+    /// Whether [`Arch::make_private`] is told of every page of a private file, whatever the side of the access: Linux has a
+    /// hook for that on SNP only. Elsewhere pages become private when they are mapped so.
+    #[must_use]
+    pub fn prepares_by_file(&self) -> bool {
+        matches!(self, Self::Snp(_))
+    }
+
     /// A page of a private file was looked up and is about to be mapped.
     ///
     /// # Errors

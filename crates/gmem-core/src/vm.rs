@@ -52,7 +52,9 @@ pub struct Rules {
 pub enum Tracking {
     /// `KVM_SET_MEMORY_ATTRIBUTES`, per VM.
     Attributes,
-    /// `KVM_SET_MEMORY_ATTRIBUTES2`, per file: conversion in place.
+    /// `KVM_SET_MEMORY_ATTRIBUTES2`, per file: conversion in place. It is a setting of the host and holds for VMs without
+    /// private memory, too: their files cannot be converted, those created shared can be used, and accesses to others end in
+    /// memory-fault exits, because the access is shared and the file says private.
     InPlace,
 }
 
@@ -61,7 +63,7 @@ pub enum Tracking {
 pub enum FileFilter {
     /// Private ones (6.12).
     Private,
-    /// Those of the kind that the file was created with (7.2 on).
+    /// Those of the kind that the file was created with (`kvm_gmem_get_invalidate_filter()`, 6.18 on).
     Kind,
 }
 
@@ -424,11 +426,15 @@ impl Vm {
 
     /// The filter of a change of `file`.
     ///
-    /// Guests have the pages of a file that serves every fault on both sides. The kernel names the file's kind there, too,
-    /// but heeds it only on TDX.
+    /// Where pages convert in place the kernel names both sides. Otherwise it names one, though guests have the pages of a
+    /// file that serves every fault on both. It heeds what it names only where the sides have tables of their own
+    /// (`kvm_gfn_range_filter_to_root_types()`): there the mappings of the other side survive, shared ones of freed pages
+    /// of a mappable file among them. Elsewhere every mapping goes, which is what this says then.
     pub(crate) fn file_filter(&self, file: &File) -> Filter {
-        match (self.serves_every_fault(file.flags()), self.rules.file_filter) {
-            (true, _) => Filter::Both,
+        let one_table = !self.arch.has_separate_tables() && self.serves_every_fault(file.flags());
+        match (self.rules.tracking, self.rules.file_filter) {
+            (Tracking::InPlace, _) => Filter::Both,
+            _ if one_table => Filter::Both,
             (_, FileFilter::Private) => Filter::Only(Side::Private),
             (_, FileFilter::Kind) => Filter::Only(file.kind()),
         }

@@ -6,12 +6,13 @@ use common::{ALL_FLAGS, HVA, Machine, claim, file, gfns, pages, private_claim, v
 use gmem_core::addr::{Gfn, Level, PAGE_SIZE, PageIndex};
 use gmem_core::arch::Arch;
 use gmem_core::file::{AllocateError, CreateError, FileFlags, FileId, GetPageError};
+use gmem_core::invalidate::Filter;
 use gmem_core::ops::{
-    Action, ConvertError, ConvertInPlace, DirectMap, FaultEnd, Lock, MemoryFailure, Pages, PopulatePage, PunchError,
-    PunchHole, RestoreTemporarily,
+    Access, Action, ConvertError, ConvertInPlace, DirectMap, Fault, FaultEnd, Lock, MemoryFailure, Origin, Pages,
+    PopulatePage, PunchError, PunchHole, RestoreTemporarily, run,
 };
-use gmem_core::vendor::{PopulateKind, Side};
-use gmem_core::vm::{DirectMapFlush, Rules, Tracking, Unbacked, View, Vm};
+use gmem_core::vendor::{AccessKind, HostOutcome, PopulateKind, Side};
+use gmem_core::vm::{DirectMapFlush, FileFilter, Rules, Tracking, Unbacked, View, Vm};
 
 /// A VM with private frames 0..`count` from the start of one file.
 fn private_vm(count: u64, flags: FileFlags, rules: Rules) -> (Vm, Machine, FileId) {
@@ -186,7 +187,7 @@ fn the_order_of_a_hole() {
     assert!(order.is_sorted() && order.iter().all(Option::is_some), "{seen:?}");
     let hole = Pages { file: id, range: pages(1, 4) };
     machine.run(&mut vm, &mut PunchHole::new(id, hole.range)).expect("no large folio");
-    let filter = gmem_core::invalidate::Filter::Only(Side::Private);
+    let filter = Filter::Only(Side::Private);
     assert_eq!(
         actions(&mut machine),
         [
@@ -342,4 +343,164 @@ fn check_order(actions: &[Action]) {
         }
     }
     assert!(locks.is_empty() && !zapped, "{actions:?}");
+}
+
+/// A VM of `arch` whose only slot takes every page from a mappable file, with frame 0 shared and frame 1 private, both mapped.
+fn mappable(arch: Arch, rules: Rules, flags: FileFlags) -> (Vm, Machine, FileId) {
+    let (mut vm, mut machine) = (Vm::new(arch, rules), Machine::default());
+    let id = file(&mut vm, 2, flags | FileFlags::MMAP);
+    machine.set_region(&mut vm, private_claim(0, 0, 2, id, 0)).expect("valid");
+    if vm.has_private_memory() {
+        machine.set_attributes(&mut vm, gfns(1, 2), Side::Private);
+    }
+    machine.trace.clear();
+    (vm, machine, id)
+}
+
+fn zap_filter(machine: &mut Machine) -> Option<Filter> {
+    actions(machine).into_iter().find_map(|action| match action {
+        Action::Zap { filter, .. } => Some(filter),
+        _ => None,
+    })
+}
+
+/// `kvm_gmem_get_invalidate_filter()` (6.12: `kvm_gmem_invalidate_begin()`; in place: `kvm_gmem_get_all_gfns_filter()`) names,
+/// and `kvm_gfn_range_filter_to_root_types()` heeds it where roots are mirrored.
+#[test]
+fn what_a_change_of_a_mappable_file_zaps() {
+    const PRIVATE: Filter = Filter::Only(Side::Private);
+    let with = |tracking, file_filter| Rules { tracking, file_filter, ..Rules::default() };
+    let by_kind = with(Tracking::Attributes, FileFilter::Kind);
+    let always_private = with(Tracking::Attributes, FileFilter::Private);
+    let in_place = with(Tracking::InPlace, FileFilter::Kind);
+    let none = FileFlags::empty();
+    for (what, arch, rules, flags, expected) in [
+        ("TDX: the kind that is named", Arch::tdx(), by_kind, none, PRIVATE),
+        ("TDX, always private", Arch::tdx(), always_private, none, PRIVATE),
+        ("TDX in place", Arch::tdx(), in_place, none, Filter::Both),
+        ("TDX in place, shared at first", Arch::tdx(), in_place, FileFlags::INIT_SHARED, Filter::Both),
+        ("one table", Arch::SwProtected, by_kind, none, Filter::Both),
+        ("one table, always private", Arch::SwProtected, always_private, none, Filter::Both),
+        ("no private memory", Arch::Default, by_kind, FileFlags::INIT_SHARED, Filter::Both),
+    ] {
+        let (mut vm, mut machine, id) = mappable(arch, rules, flags);
+        machine.run(&mut vm, &mut PunchHole::new(id, pages(0, 2))).expect("no large folio");
+        assert_eq!(zap_filter(&mut machine), Some(expected), "{what}: punch");
+        vm.file_mut(id).expect("open").allocate(pages(0, 2));
+        machine.run(&mut vm, &mut MemoryFailure::new(id, PageIndex(0)));
+        assert_eq!(zap_filter(&mut machine), Some(expected), "{what}: memory failure");
+        machine.close(&mut vm, id);
+        assert_eq!(zap_filter(&mut machine), Some(expected), "{what}: close");
+    }
+    let (mut vm, mut machine, id) = private_vm(2, FileFlags::empty(), by_kind);
+    machine.run(&mut vm, &mut PunchHole::new(id, pages(0, 2))).expect("no large folio");
+    assert_eq!(zap_filter(&mut machine), Some(PRIVATE), "a file that serves private faults alone");
+}
+
+/// What follows from that on TDX, in Linux as here: the shared mapping of a page of a mappable file outlives the page.
+#[test]
+fn a_hole_in_a_mappable_file_of_a_td_leaves_shared_mappings() {
+    for (arch, left) in [(Arch::SwProtected, false), (Arch::tdx(), true)] {
+        let (mut vm, _, id) = mappable(arch, Rules::default(), FileFlags::empty());
+        let access = Access { gfn: Gfn(0), claimed: Side::Shared };
+        let mut mapped = None;
+        let end = run(&mut Fault::new(access, Origin::Guest), &mut vm, |_, _, action| {
+            if let Action::Map(mapping) = action {
+                mapped = Some(mapping);
+            }
+        });
+        assert!(matches!(end, FaultEnd::Mapped(mapping) if mapping.side == Side::Shared), "{end:?}");
+        run(&mut PunchHole::new(id, pages(0, 1)), &mut vm, |_, _, action| {
+            if let Action::Zap { filter, .. } = action {
+                mapped = mapped.filter(|mapping| !filter.includes(mapping.side));
+            }
+        })
+        .expect("no large folio");
+        assert_eq!(mapped.is_some(), left, "{:?}", vm.arch);
+    }
+}
+
+/// `kvm_gmem_ioctl()`, then `kvm_gmem_set_attributes()`: what is not in place has no such call, a VM without private memory no
+/// sides, and the range must lie in the file.
+#[test]
+fn what_can_be_converted_in_place() {
+    let in_place = Rules { tracking: Tracking::InPlace, ..Rules::default() };
+    for (arch, rules, end, expected) in [
+        (Arch::Default, Rules::default(), 9, Err(ConvertError::NotInPlace)),
+        (Arch::SwProtected, Rules::default(), 2, Err(ConvertError::NotInPlace)),
+        (Arch::Default, in_place, 9, Err(ConvertError::NoPrivateMemory)),
+        (Arch::Default, in_place, 2, Err(ConvertError::NoPrivateMemory)),
+        (Arch::SwProtected, in_place, 9, Err(ConvertError::BeyondEnd)),
+        (Arch::SwProtected, in_place, 8, Ok(())),
+    ] {
+        for (side, flags) in [(Side::Private, FileFlags::INIT_SHARED), (Side::Shared, FileFlags::empty())] {
+            let (mut vm, mut machine) = (Vm::new(arch.clone(), rules), Machine::default());
+            let flags = flags & vm.file_flags(ALL_FLAGS);
+            let id = file(&mut vm, 8, flags);
+            let before = vm.clone();
+            let result = machine.run(&mut vm, &mut ConvertInPlace::new(id, pages(1, end), side));
+            assert_eq!(result, expected, "{arch:?} {rules:?} {end}");
+            assert_eq!(result.is_ok(), vm != before);
+            assert!(result.is_ok() || machine.trace.is_empty(), "refused before a lock is taken");
+        }
+    }
+}
+
+/// In place the file says what is private (`kvm_gmem_is_private_gfn()`), also to a VM whose accesses are always shared: it can
+/// use files that were created shared, and gets memory-fault exits from others, which nothing can convert.
+#[test]
+fn a_vm_without_private_memory_in_place_needs_shared_files() {
+    let rules = Rules { tracking: Tracking::InPlace, ..Rules::default() };
+    for (flags, served) in [(FileFlags::INIT_SHARED, true), (FileFlags::empty(), false)] {
+        for mmap in [FileFlags::MMAP, FileFlags::empty()] {
+            let (mut vm, mut machine) = (Vm::new(Arch::Default, rules), Machine::default());
+            let id = file(&mut vm, 2, flags | mmap);
+            machine.set_region(&mut vm, private_claim(0, 0, 2, id, 0)).expect("valid");
+            match machine.fault(&mut vm, 0) {
+                FaultEnd::Mapped(mapping) => assert!(served && mapping.side == Side::Shared),
+                FaultEnd::MemoryFault(fault) => assert!(!served && fault.side == Side::Shared),
+                end => panic!("{end:?}"),
+            }
+        }
+    }
+}
+
+/// `__kvm_gmem_invalidate_start()` calls `kvm_arch_gmem_invalidate_range()` for whatever changes: a guest's VMSA in the range has
+/// to be set up anew.
+#[test]
+fn every_change_of_a_file_reloads_the_vmsas_in_it() {
+    let rules = Rules { tracking: Tracking::InPlace, ..Rules::default() };
+    type Change = fn(&mut Machine, &mut Vm, FileId);
+    let changes: [(&str, Change); 4] = [
+        ("punch", |machine, vm, id| machine.run(vm, &mut PunchHole::new(id, pages(1, 2))).expect("no large folio")),
+        ("memory failure", |machine, vm, id| machine.run(vm, &mut MemoryFailure::new(id, PageIndex(1)))),
+        ("conversion", |machine, vm, id| {
+            machine.run(vm, &mut ConvertInPlace::new(id, pages(1, 2), Side::Shared)).expect("to shared");
+        }),
+        ("close", |machine, vm, id| machine.close(vm, id)),
+    ];
+    for (what, change) in changes {
+        let (mut vm, mut machine) = (Vm::new(Arch::snp(), rules), Machine::default());
+        let id = file(&mut vm, 4, FileFlags::empty());
+        machine.set_region(&mut vm, private_claim(0, 8, 4, id, 0)).expect("valid");
+        vm.file_mut(id).expect("open").allocate(pages(0, 4));
+        let Arch::Snp(snp) = &mut vm.arch else { panic!("made so") };
+        snp.set_guest_vmsa(Gfn(9));
+        change(&mut machine, &mut vm, id);
+        let Arch::Snp(snp) = &mut vm.arch else { panic!("made so") };
+        assert_eq!(snp.take_reloads().into_iter().collect::<Vec<_>>(), [Gfn(9)], "{what}");
+    }
+}
+
+/// `kvm_gmem_get_pfn()` asks the file and not the access whether the page is to be made private: on SNP a shared access to a
+/// mappable file of the private kind takes the page from the host.
+#[test]
+fn the_file_decides_what_snp_makes_private() {
+    for (gfn, side) in [(0, Side::Shared), (1, Side::Private)] {
+        let (mut vm, mut machine, id) = mappable(Arch::snp(), Rules::default(), FileFlags::empty());
+        let access = Access { gfn: Gfn(gfn), claimed: side };
+        let end = machine.run(&mut vm, &mut Fault::new(access, Origin::Guest));
+        assert!(matches!(end, FaultEnd::Mapped(mapping) if mapping.side == side), "{end:?}");
+        assert_eq!(vm.arch.host_access(id.pfn(PageIndex(gfn)), AccessKind::Store), HostOutcome::Fault, "{side:?}");
+    }
 }

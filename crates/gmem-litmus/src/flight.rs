@@ -110,6 +110,8 @@ impl CoreOp {
 fn of_convert(result: Result<(), ConvertError>) -> Seen {
     match result {
         Ok(()) => Seen::Ok,
+        Err(ConvertError::NotInPlace) => Seen::Errno(Errno::ENOTTY),
+        Err(ConvertError::NoPrivateMemory | ConvertError::BeyondEnd) => Seen::Errno(Errno::EINVAL),
         Err(ConvertError::Referenced(_)) => Seen::Errno(Errno::EAGAIN),
     }
 }

@@ -2,19 +2,28 @@ use alloc::vec::Vec;
 
 use super::{Action, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::{GfnRange, IndexRange, PageIndex};
-use crate::file::FileId;
+use crate::file::{File, FileId};
 use crate::invalidate::{Begun, Filter};
 use crate::vendor::Side;
-use crate::vm::Vm;
+use crate::vm::{Tracking, Vm};
 
 /// Why pages could not be converted. Nothing was changed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum ConvertError {
+    /// Attributes are kept per VM: the descriptor has no such call. ENOTTY.
+    NotInPlace,
+    /// The VM has no private memory: its files keep the side that they were created with. EINVAL.
+    NoPrivateMemory,
+    /// The file ends before the range does. EINVAL.
+    BeyondEnd,
     /// This page, the first such one, has references that only its owner can drop. EAGAIN.
     Referenced(PageIndex),
 }
 
 /// `KVM_SET_MEMORY_ATTRIBUTES2` on a file: pages change sides where they are.
+///
+/// Refused before anything is done, in this order: not in place, a VM without private memory, a range that the file has not
+/// (`kvm_gmem_ioctl()`, `kvm_gmem_set_attributes()`).
 ///
 /// Lock, compare, drop the VMM's mappings and check references (to private only), begin, zap the old side, tell the
 /// architecture, store, end. The guest is the only user of a private page, so the way to shared checks no references.
@@ -66,6 +75,26 @@ impl ConvertInPlace {
         self.next(State::Done(result), Action::Unlock(Lock::FileExclusive(self.pages.file)))
     }
 
+    fn start(&mut self, vm: &Vm) -> Step<Output> {
+        match self.validate(vm) {
+            Ok(()) => self.next(State::Check, Action::Lock(Lock::FileExclusive(self.pages.file))),
+            Err(error) => {
+                self.state = State::Done(Err(error));
+                Step::Done(Err(error))
+            }
+        }
+    }
+
+    fn validate(&self, vm: &Vm) -> Output {
+        let beyond = |file: &File| self.pages.range.end().0 > file.pages();
+        match vm.rules.tracking {
+            Tracking::Attributes => Err(ConvertError::NotInPlace),
+            Tracking::InPlace if !vm.has_private_memory() => Err(ConvertError::NoPrivateMemory),
+            Tracking::InPlace if vm.file(self.pages.file).is_some_and(beyond) => Err(ConvertError::BeyondEnd),
+            Tracking::InPlace => Ok(()),
+        }
+    }
+
     fn check(&mut self, vm: &Vm) -> Step<Output> {
         let changes = vm.file(self.pages.file).is_some_and(|file| file.has_other_side(self.pages.range, self.to));
         match (changes, self.to) {
@@ -88,6 +117,7 @@ impl ConvertInPlace {
         let begun = vm.invalidation.begin();
         for gfns in &self.zaps {
             vm.invalidation.add(&begun, *gfns);
+            vm.arch.invalidate(*gfns);
         }
         self.begun = Some(begun);
         self.zap()
@@ -146,7 +176,7 @@ impl Operation for ConvertInPlace {
 
     fn step(&mut self, vm: &mut Vm) -> Step<Output> {
         match self.state {
-            State::Lock => self.next(State::Check, Action::Lock(Lock::FileExclusive(self.pages.file))),
+            State::Lock => self.start(vm),
             State::Check => self.check(vm),
             State::References => self.references(vm),
             State::Begin => self.begin(vm),
@@ -160,9 +190,9 @@ impl Operation for ConvertInPlace {
 
     fn reach(&self) -> Reach {
         match self.state {
-            State::Lock | State::Zap | State::Refill | State::Done(_) => Reach::NOTHING,
-            State::Check | State::References => Reach::reads(Parts::FILES),
-            State::Begin => Reach::writes(Parts::INVALIDATION).and_reads(Parts::SLOTS | Parts::FILES),
+            State::Zap | State::Refill | State::Done(_) => Reach::NOTHING,
+            State::Lock | State::Check | State::References => Reach::reads(Parts::FILES),
+            State::Begin => Reach::writes(Parts::INVALIDATION | Parts::ARCH).and_reads(Parts::SLOTS | Parts::FILES),
             State::Store => Reach::writes(Parts::FILES | Parts::ARCH).and_reads(Parts::SLOTS),
             State::End => Reach::writes(Parts::INVALIDATION),
         }

@@ -247,7 +247,7 @@ impl Fault {
     }
 
     fn make_private(&mut self, vm: &mut Vm, snapshot: Snapshot, target: Target, taken: Taken) -> Step<FaultEnd> {
-        if target.side == Side::Private
+        if is_prepared(vm, target, taken)
             && let Err(refusal) = vm.arch.make_private(self.access.gfn, taken.pfn)
         {
             let end = FaultEnd::Refused(self.memory_fault(target.side), refusal);
@@ -325,6 +325,15 @@ pub(super) fn zero_next(vm: &mut Vm, file: FileId, folio: IndexRange) -> Option<
     Some((Pages { file, range }, inode.first_stale(folio).is_some()))
 }
 
+/// Whether the architecture is told of the page before it is mapped. A private access is always one to a private page; where
+/// there is a hook (`kvm_arch_gmem_make_private()`) the file decides, and a shared access to a page of a private file, which
+/// one that serves every fault allows, makes the page private as well.
+fn is_prepared(vm: &Vm, target: Target, taken: Taken) -> bool {
+    let file = taken.page.and_then(|(file, index, _)| Some((vm.files.get(&file)?, index)));
+    let of_private_file = file.is_some_and(|(file, index)| file.side(index) == Side::Private);
+    target.side == Side::Private || (vm.arch.prepares_by_file() && of_private_file)
+}
+
 /// Whether the folio is what it was when it was looked up: until its lock was had it could be freed or split, and others of its
 /// pages may be in use (`filemap_lock_folio()` looks again, too).
 fn still_there(vm: &Vm, taken: Taken) -> bool {
@@ -377,7 +386,7 @@ impl Operation for Fault {
         match self.state {
             State::Side | State::Decide(..) => Reach::reads(truth),
             State::Snapshot(_) => Reach::reads(Parts::INVALIDATION),
-            State::MakePrivate(..) => Reach::writes(Parts::ARCH).and_reads(Parts::SLOTS),
+            State::MakePrivate(..) => Reach::writes(Parts::ARCH).and_reads(Parts::SLOTS | Parts::FILES),
             State::UserPage(..) | State::UnlockFolio(..) | State::UnlockFile(..) | State::End(_) => Reach::NOTHING,
             State::Fail(..) => Reach::reads(Parts::SLOTS),
             State::LockFile(..) | State::TakePage(..) | State::Zero(..) => {

@@ -55,6 +55,9 @@ impl MemoryFailure {
         for range in covered {
             vm.invalidation.add(&begun, range);
         }
+        for &range in &gfns {
+            vm.arch.invalidate(range);
+        }
         self.begun = Some(begun);
         let zap = gfns.first().map(|&range| Action::Zap { range, filter });
         self.next(State::Flush, zap.unwrap_or(Action::Continue))
@@ -89,7 +92,7 @@ impl Operation for MemoryFailure {
     fn reach(&self) -> Reach {
         match self.state {
             State::Lock | State::Flush | State::DropUserMappings | State::Done => Reach::NOTHING,
-            State::Begin => Reach::writes(Parts::INVALIDATION | Parts::FILES).and_reads(Parts::SLOTS),
+            State::Begin => Reach::writes(Parts::INVALIDATION | Parts::FILES | Parts::ARCH).and_reads(Parts::SLOTS),
             State::End => Reach::writes(Parts::INVALIDATION),
         }
     }
