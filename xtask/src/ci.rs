@@ -126,7 +126,7 @@ fn deny() -> Result<()> {
 const MIRI_LIMIT: Duration = Duration::from_secs(900);
 
 /// Miri uses one processor, whatever the tests' threads: so two of them run, each with about half of the tests' time.
-const MIRI_HALVES: [&[&str]; 2] = [&["vendor::", "page_set::"], &["--skip", "vendor::", "--skip", "page_set::"]];
+const MIRI_HALVES: [&[&str]; 2] = [&["vendor::"], &["--skip", "vendor::"]];
 
 /// The core has no unsafe code whose references could break a rule of aliasing. To keep track of them is what costs most, and
 /// with a node of thousands of atomics it costs minutes.
