@@ -123,10 +123,10 @@ fn deny() -> Result<()> {
 
 /// What each half of the Miri step may take. It needs about a third of that on two idle processors; a test that makes it longer
 /// is to be cut as `gmem-core/src/effort.rs` says.
-const MIRI_LIMIT: Duration = Duration::from_secs(900);
+const MIRI_LIMIT: Duration = Duration::from_secs(1200);
 
 /// Miri uses one processor, whatever the tests' threads: so two of them run, each with about half of the tests' time.
-const MIRI_HALVES: [&[&str]; 2] = [&["vendor::"], &["--skip", "vendor::"]];
+const MIRI_HALVES: [&[&str]; 2] = [&["--lib", "--", "vendor::"], &["--tests", "--", "--skip", "vendor::"]];
 
 /// The core has no unsafe code whose references could break a rule of aliasing. To keep track of them is what costs most, and
 /// with a node of thousands of atomics it costs minutes.
@@ -151,9 +151,9 @@ fn miri() -> Result<()> {
         let install = "rustup toolchain install MIRI --profile minimal --component miri,rust-src";
         bail!(Missing(format!("Miri ({})", install.replace("MIRI", MIRI_TOOLCHAIN))));
     };
-    let tests = ["test", "--quiet", "--locked", "--package", "gmem-core", "--lib"];
-    sys::run(run(toolchain, &tests).arg("--no-run"))?;
-    let half = |which: &[&str]| sys::run_within(run(toolchain, &tests).arg("--").args(which), MIRI_LIMIT);
+    let tests = ["test", "--quiet", "--locked", "--package", "gmem-core"];
+    sys::run(run(toolchain, &tests).args(["--tests", "--no-run"]))?;
+    let half = |which: &[&str]| sys::run_within(run(toolchain, &tests).args(which), MIRI_LIMIT);
     thread::scope(|scope| {
         let halves = MIRI_HALVES.map(|which| scope.spawn(move || half(which)));
         halves.into_iter().try_for_each(|half| half.join().unwrap_or_else(|_| bail!("a half of the tests panicked")))

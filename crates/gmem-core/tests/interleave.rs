@@ -151,7 +151,7 @@ fn fault_everywhere(machine: &mut Machine, vm: &mut Vm) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 3 } else { 3000 }, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn no_stale_mapping_survives(
@@ -189,6 +189,7 @@ proptest! {
 
     /// The same over folios of 2 MiB: what happens to one page concerns every mapping of its folio.
     #[test]
+    #[cfg_attr(miri, ignore = "the oracle looks at 1024 pages after every step: many minutes for one case")]
     fn no_stale_huge_mapping_survives(
         punch in range(1024), attribute in range(1024), poison in 0..1024u64, first in select(vec![0u64, 1, 512]),
         which in 0..3u8, faults in vec(0..1024u64, 1..3), schedule in schedule(), hides in any::<bool>(),
@@ -231,7 +232,7 @@ fn newcomers() -> Vec<Vec<Plan>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 4000 }, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn newcomers_show_nothing_stale(plans in select(newcomers()), schedule in schedule(), hides in any::<bool>()) {

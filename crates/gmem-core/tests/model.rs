@@ -386,7 +386,7 @@ impl Both {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 600 }, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn the_subsystem_is_what_the_model_is(private in any::<bool>(), ops in vec(op(), 0..60)) {
