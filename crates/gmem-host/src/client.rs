@@ -43,9 +43,11 @@ impl Source {
     /// The part within `[start, end)`.
     pub(crate) fn part(&self, start: usize, end: usize) -> Option<Self> {
         let area = Area { start: self.area.start.max(start), end: self.area.end.min(end), ..self.area };
-        let further = (area.start - self.area.start) as u64;
-        let moved = self.moved.as_ref().map(|(backing, offset)| (Arc::clone(backing), offset + further));
-        (area.start < area.end).then_some(Self { area, moved })
+        (area.start < area.end).then(|| {
+            let further = (area.start - self.area.start) as u64;
+            let moved = self.moved.as_ref().map(|(backing, offset)| (Arc::clone(backing), offset + further));
+            Self { area, moved }
+        })
     }
 
     /// Maps it a second time, at `to`. What was moved replaces the target in one step; the rest leaves it unmapped in between.
