@@ -1,6 +1,7 @@
 //! Memory slots: which guest frames have memory, from where, and with which file behind them.
 
 use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
 
 use bitflags::bitflags;
 
@@ -100,8 +101,8 @@ impl Slot {
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Slots {
     by_id: BTreeMap<SlotId, Slot>,
-    /// By first frame, for each address space.
-    by_frame: [BTreeMap<Gfn, SlotId>; SPACES as usize],
+    /// In ascending order, for each address space. Slots come and go seldom and are looked for all the time.
+    by_frame: [Vec<(GfnRange, SlotId)>; SPACES as usize],
     pages: u64,
 }
 
@@ -128,23 +129,22 @@ impl Slots {
     /// The slot of address space `space` that holds `gfn`.
     #[must_use]
     pub fn at(&self, space: u16, gfn: Gfn) -> Option<&Slot> {
-        let (_, id) = self.by_frame.get(usize::from(space))?.range(..=gfn).next_back()?;
-        self.by_id.get(id).filter(|slot| slot.gfns.contains(gfn))
+        let slots = self.by_frame.get(usize::from(space))?;
+        let (gfns, id) = slots.get(ending_by(slots, gfn))?;
+        if gfns.contains(gfn) { self.by_id.get(id) } else { None }
     }
 
     /// The slots of any address space that have frames in `range`.
     pub fn overlapping(&self, range: GfnRange) -> impl Iterator<Item = &Slot> {
-        self.by_frame.iter().flat_map(move |slots| self.among(slots, range))
+        self.overlapping_in(0, range).chain(self.overlapping_in(1, range))
     }
 
-    /// The slots of address space `space` that have frames in `range`, in descending order.
+    /// The slots of address space `space` that have frames in `range`, in ascending order.
     pub fn overlapping_in(&self, space: u16, range: GfnRange) -> impl Iterator<Item = &Slot> {
-        self.by_frame.get(usize::from(space)).into_iter().flat_map(move |slots| self.among(slots, range))
-    }
-
-    fn among<'a>(&'a self, slots: &'a BTreeMap<Gfn, SlotId>, range: GfnRange) -> impl Iterator<Item = &'a Slot> {
-        let downwards = slots.range(..range.end()).rev().filter_map(|(_, id)| self.by_id.get(id));
-        downwards.take_while(move |slot| range.start() < slot.gfns.end())
+        let slots = self.by_frame.get(usize::from(space)).map_or(&[][..], Vec::as_slice);
+        let upwards = slots.get(ending_by(slots, range.start())..).unwrap_or_default();
+        let before_end = upwards.iter().take_while(move |(gfns, _)| gfns.start() < range.end());
+        before_end.filter_map(|(_, id)| self.by_id.get(id))
     }
 
     /// Pages in all slots together.
@@ -156,20 +156,25 @@ impl Slots {
     pub(crate) fn insert(&mut self, slot: Slot) {
         self.remove(slot.id);
         self.pages += slot.gfns.len();
-        if let Some(frames) = self.by_frame.get_mut(usize::from(slot.id.space)) {
-            frames.insert(slot.gfns.start(), slot.id);
+        if let Some(slots) = self.by_frame.get_mut(usize::from(slot.id.space)) {
+            slots.insert(ending_by(slots, slot.gfns.start()), (slot.gfns, slot.id));
         }
         self.by_id.insert(slot.id, slot);
     }
 
     pub(crate) fn remove(&mut self, id: SlotId) -> Option<Slot> {
         let slot = self.by_id.remove(&id)?;
-        if let Some(frames) = self.by_frame.get_mut(usize::from(id.space)) {
-            frames.remove(&slot.gfns.start());
+        if let Some(slots) = self.by_frame.get_mut(usize::from(id.space)) {
+            slots.retain(|(_, other)| *other != id);
         }
         self.pages -= slot.gfns.len();
         Some(slot)
     }
+}
+
+/// How many of `slots` end at or before `gfn`.
+fn ending_by(slots: &[(GfnRange, SlotId)], gfn: Gfn) -> usize {
+    slots.partition_point(|(gfns, _)| gfns.end() <= gfn)
 }
 
 /// Address spaces that any architecture has: x86 has a second one for SMM.

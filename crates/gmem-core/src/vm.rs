@@ -272,6 +272,7 @@ impl Vm {
     #[must_use]
     pub fn uniform_attribute(&self, range: GfnRange) -> Option<Side> {
         match self.rules.tracking {
+            _ if range.len() == 1 => Some(self.attribute(range.start())),
             Tracking::Attributes => {
                 let private = self.private.uniform(range.start().0, range.len())?;
                 Some(if private { Side::Private } else { Side::Shared })
@@ -374,6 +375,9 @@ impl Vm {
 
     fn view_run(&self, slot: &Slot, rest: GfnRange) -> (GfnRange, View) {
         let gfn = rest.start();
+        if rest.len() == 1 {
+            return (rest, self.slot_view(slot, gfn, self.attribute(gfn)));
+        }
         let (side, mut end) = self.attribute_run(rest);
         let view = self.slot_view(slot, gfn, side);
         if let (Some(pages), Some(file)) = (slot.file_pages(), self.bound_file(slot))

@@ -5,9 +5,10 @@
     reason = "C passes all of these in registers of 64 bits, and libc's types have fixed widths on x86-64"
 )]
 
+use std::arch::naked_asm;
 use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_ulong, c_void};
 
-use gmem_uapi::FileCall;
+use gmem_uapi::{Argument, FileCall};
 use libc::{mode_t, off_t, size_t, ssize_t};
 
 use crate::{answer, library, process, real, seccomp, tell};
@@ -48,11 +49,21 @@ macro_rules! export {
     };
 }
 
-export! {
-    fn ioctl(fd: c_int, number: c_ulong, arg: usize) -> c_int {
-        answer(|process| process.ioctl(fd, request(number), arg), || real::ioctl(fd, number, arg))
-    }
+/// `ioctl` of libc, which tells where on the stack it was called.
+#[unsafe(no_mangle)]
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn ioctl(fd: c_int, number: c_ulong, arg: usize) -> c_int {
+    naked_asm!("mov rcx, rsp", "jmp {}", sym ioctl_with_stack)
+}
 
+unsafe extern "C" fn ioctl_with_stack(fd: c_int, number: c_ulong, arg: usize, stack: usize) -> c_int {
+    // SAFETY: the return address to the client lies there, and this thread goes on using that stack until it returns.
+    let argument = unsafe { Argument::beside(arg, stack) };
+    // SAFETY: the arguments go to libc's `ioctl`.
+    answer(|process| process.ioctl(fd, request(number), argument), || unsafe { real::ioctl(fd, number, arg) })
+}
+
+export! {
     fn close(fd: c_int) -> c_int {
         if library::is(fd) {
             return 0;

@@ -5,7 +5,7 @@ pub use gmem_host::abi::{
     CHECK_EXTENSION, CREATE_VCPU, CREATE_VM, ENABLE_CAP, EnableCap, MemoryRegion, PRE_FAULT_MEMORY, PreFaultMemory,
     RUN, SET_USER_MEMORY_REGION,
 };
-use gmem_host::sys;
+use gmem_host::sys::Argument;
 use rustix::io::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -101,9 +101,9 @@ pub struct CreateGuestMemfd {
 ///
 /// # Errors
 /// EFAULT.
-pub(crate) fn read<T: FromBytes + IntoBytes>(address: usize) -> Result<T, Errno> {
+pub(crate) fn read<T: FromBytes + IntoBytes>(from: Argument) -> Result<T, Errno> {
     let mut value = T::new_zeroed();
-    sys::copy_from_client(address, value.as_mut_bytes())?;
+    from.copy_from(value.as_mut_bytes())?;
     Ok(value)
 }
 
@@ -111,8 +111,8 @@ pub(crate) fn read<T: FromBytes + IntoBytes>(address: usize) -> Result<T, Errno>
 ///
 /// # Errors
 /// EFAULT.
-pub(crate) fn write<T: IntoBytes + Immutable>(address: usize, value: &T) -> Result<(), Errno> {
-    sys::copy_to_client(address, value.as_bytes())
+pub(crate) fn write<T: IntoBytes + Immutable>(to: Argument, value: &T) -> Result<(), Errno> {
+    to.copy_to(value.as_bytes())
 }
 
 #[cfg(test)]

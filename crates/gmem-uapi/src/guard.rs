@@ -35,6 +35,9 @@ struct Guard {
 impl Guards {
     /// Brings the guards over `range` in line with attributes and slots.
     pub(crate) fn update(&mut self, vm: BorrowedFd<'_>, core: &Vm, range: GfnRange) {
+        if core.slots().at(0, range.start()).is_some_and(|slot| slot.gfns.covers(range)) {
+            return;
+        }
         let range = self.clear(vm, range);
         for gap in unguarded(core, range) {
             self.add(vm, core, gap);
@@ -95,12 +98,12 @@ fn region(number: u16, gfns: GfnRange, memory_size: u64, userspace_addr: u64) ->
 /// The private parts of `range` that have no slot.
 fn unguarded(core: &Vm, range: GfnRange) -> Vec<GfnRange> {
     let mut gaps = Vec::new();
-    let mut end = range.end();
+    let mut start = range.start();
     for slot in core.slots().overlapping_in(0, range) {
-        gaps.extend(GfnRange::new(slot.gfns.end(), end));
-        end = slot.gfns.start();
+        gaps.extend(GfnRange::new(start, slot.gfns.start()));
+        start = slot.gfns.end();
     }
-    gaps.extend(GfnRange::new(range.start(), end));
+    gaps.extend(GfnRange::new(start, range.end()));
     let private =
         |gap: GfnRange| core.attribute_runs(gap).filter(|(_, side)| *side == Side::Private).map(|(run, _)| run);
     gaps.into_iter().flat_map(private).take(MOST).collect()

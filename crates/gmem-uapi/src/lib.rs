@@ -17,6 +17,7 @@ pub mod profile;
 mod vcpu;
 mod vm;
 
+pub use gmem_host::sys::Argument;
 pub use memfd::FileCall;
 pub use process::{Answer, Config, ForkGuard, Process};
 pub use rustix::io::Errno;

@@ -8,7 +8,7 @@ use gmem_core::file::FileFlags;
 use gmem_core::ops::{Claim, FileClaim};
 use gmem_core::slot::SlotFlags;
 use gmem_host::client::ClientMemory;
-use gmem_host::sys::SignalsBlocked;
+use gmem_host::sys::{Argument, SignalsBlocked};
 use gmem_host::{address_space, fds, kvm};
 use rustix::fd::AsFd;
 use rustix::io::Errno;
@@ -143,12 +143,12 @@ impl Process {
     }
 
     /// `ioctl`.
-    pub fn ioctl(&self, fd: i32, request: u32, arg: usize) -> Answer<i32> {
+    pub fn ioctl(&self, fd: i32, request: u32, arg: Argument) -> Answer<i32> {
         if !abi::is_kvm(request) {
             return self.file(fd).map_or(Answer::Pass, |_| Answer::Done(Err(Errno::NOTTY)));
         }
         let entry = self.entry(fd);
-        if let (Some(Entry::Vcpu(vcpu)), abi::RUN, 0) = (&entry, request, arg) {
+        if let (Some(Entry::Vcpu(vcpu)), abi::RUN, 0) = (&entry, request, arg.value()) {
             return Answer::Done(vcpu.run());
         }
         match entry {
@@ -162,20 +162,20 @@ impl Process {
         }
     }
 
-    fn system_ioctl(&self, fd: i32, request: u32, arg: usize) -> Answer<i32> {
+    fn system_ioctl(&self, fd: i32, request: u32, arg: Argument) -> Answer<i32> {
         if self.config.emulated == 0 || !matches!(request, abi::CREATE_VM | abi::CHECK_EXTENSION) {
             return Answer::Pass;
         }
         let device = kvm::with_client_fd(fd, |fd| Ok(kvm::is_kvm_device(fd)));
         match (device, request) {
-            (Ok(true), abi::CREATE_VM) => self.create_vm(fd, arg),
+            (Ok(true), abi::CREATE_VM) => self.create_vm(fd, arg.value()),
             (Ok(true), _) => {
-                let capability = u32::try_from(arg).unwrap_or(u32::MAX);
+                let capability = u32::try_from(arg.value()).unwrap_or(u32::MAX);
                 let answer = capability::of_system(self.config.profile, self.vm_types(), capability);
                 answer.map_or(Answer::Pass, |value| Answer::Done(Ok(value)))
             }
             // A VM that is left to the host: it, too, says which types there are.
-            (Ok(false), abi::CHECK_EXTENSION) if arg == cap::VM_TYPES as usize => {
+            (Ok(false), abi::CHECK_EXTENSION) if arg.value() == cap::VM_TYPES as usize => {
                 let native = kvm::with_client_fd(fd, |fd| kvm::try_check_extension(fd, cap::VM_TYPES));
                 native.map_or(Answer::Pass, |_| Answer::Done(Ok(i32::try_from(self.vm_types()).unwrap_or(i32::MAX))))
             }
@@ -209,18 +209,18 @@ impl Process {
         Ok(fd)
     }
 
-    fn vm_ioctl(&self, vm: &Arc<VmObject>, request: u32, arg: usize) -> Answer<i32> {
+    fn vm_ioctl(&self, vm: &Arc<VmObject>, request: u32, arg: Argument) -> Answer<i32> {
         if let Err(error) = vm.check_owner() {
             return Answer::Done(Err(error));
         }
         match request {
             abi::CHECK_EXTENSION => {
-                let capability = u32::try_from(arg).unwrap_or(u32::MAX);
+                let capability = u32::try_from(arg.value()).unwrap_or(u32::MAX);
                 let answer = capability::of_vm(vm.profile, &vm.read().core, self.vm_types(), capability);
                 answer.map_or(Answer::Pass, |value| Answer::Done(Ok(value)))
             }
             abi::ENABLE_CAP => enable_cap(vm, arg),
-            abi::CREATE_VCPU => Answer::Done(self.create_vcpu(vm, arg)),
+            abi::CREATE_VCPU => Answer::Done(self.create_vcpu(vm, arg.value())),
             abi::CREATE_GUEST_MEMFD => Answer::Done(self.create_file(vm, arg)),
             abi::SET_USER_MEMORY_REGION => Answer::Done(set_region_v1(vm, arg)),
             abi::SET_USER_MEMORY_REGION2 => Answer::Done(self.set_region(vm, arg)),
@@ -239,7 +239,7 @@ impl Process {
         Ok(fd)
     }
 
-    fn create_file(&self, vm: &Arc<VmObject>, arg: usize) -> Result<i32, Errno> {
+    fn create_file(&self, vm: &Arc<VmObject>, arg: Argument) -> Result<i32, Errno> {
         let claim: CreateGuestMemfd = abi::read(arg)?;
         let id = vm.create_file(claim.size, claim.flags)?;
         let flags = FileFlags::from_bits_truncate(claim.flags);
@@ -249,7 +249,7 @@ impl Process {
         Ok(fd)
     }
 
-    fn set_region(&self, vm: &Arc<VmObject>, arg: usize) -> Result<i32, Errno> {
+    fn set_region(&self, vm: &Arc<VmObject>, arg: Argument) -> Result<i32, Errno> {
         let claim: MemoryRegion2 = abi::read(arg)?;
         let private = claim.region.flags & SlotFlags::GUEST_MEMFD.bits() != 0;
         let file = if private { self.claimed_file(vm, claim.guest_memfd) } else { FileClaim::BadDescriptor };
@@ -415,7 +415,7 @@ fn cut(mappings: &mut Mappings, start: usize, end: usize) -> Vec<Arc<FileObject>
     gone
 }
 
-fn vcpu_ioctl(vcpu: &VcpuObject, request: u32, arg: usize) -> Answer<i32> {
+fn vcpu_ioctl(vcpu: &VcpuObject, request: u32, arg: Argument) -> Answer<i32> {
     match request {
         // New registers mean that the access is not wanted any more.
         abi::SET_REGS | abi::SET_SREGS | abi::SET_SREGS2 => {
@@ -428,7 +428,7 @@ fn vcpu_ioctl(vcpu: &VcpuObject, request: u32, arg: usize) -> Answer<i32> {
 }
 
 /// A client that disables quirks sets the whole mask; the one that gmem disables stays among them.
-fn enable_cap(vm: &VmObject, arg: usize) -> Answer<i32> {
+fn enable_cap(vm: &VmObject, arg: Argument) -> Answer<i32> {
     let Ok(claim) = abi::read::<EnableCap>(arg) else { return Answer::Pass };
     let quirks = claim.cap == cap::DISABLE_QUIRKS || claim.cap == cap::DISABLE_QUIRKS2;
     if claim.flags != 0 || !quirks {
@@ -450,7 +450,7 @@ fn region_claim(region: &MemoryRegion, file: FileClaim, guest_memfd_offset: u64)
 }
 
 /// The older call knows the older flags only.
-fn set_region_v1(vm: &VmObject, arg: usize) -> Result<i32, Errno> {
+fn set_region_v1(vm: &VmObject, arg: Argument) -> Result<i32, Errno> {
     let region: MemoryRegion = abi::read(arg)?;
     let known = SlotFlags::LOG_DIRTY_PAGES | SlotFlags::READONLY;
     if region.flags & !known.bits() != 0 {
@@ -459,7 +459,7 @@ fn set_region_v1(vm: &VmObject, arg: usize) -> Result<i32, Errno> {
     vm.set_region(region_claim(&region, FileClaim::BadDescriptor, 0))
 }
 
-fn set_attributes(vm: &VmObject, arg: usize) -> Result<i32, Errno> {
+fn set_attributes(vm: &VmObject, arg: Argument) -> Result<i32, Errno> {
     let claim: MemoryAttributes = abi::read(arg)?;
     vm.set_attributes(&claim)
 }

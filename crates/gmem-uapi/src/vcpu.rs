@@ -10,7 +10,7 @@ use gmem_core::slot::SlotFlags;
 use gmem_core::vendor::Side;
 use gmem_core::vm::View;
 use gmem_host::kvm::{self, RunMapping};
-use gmem_host::sys::{self, SignalsBlocked};
+use gmem_host::sys::{self, Argument, SignalsBlocked};
 use gmem_host::vcpu::{self, GuestView, Mmio, PendingWrite, Progress, RunArea};
 use gmem_host::window::Shows;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -290,10 +290,10 @@ impl VcpuObject {
     }
 
     /// `KVM_PRE_FAULT_MEMORY`.
-    pub(crate) fn pre_fault(&self, address: usize) -> Result<i32, Errno> {
+    pub(crate) fn pre_fault(&self, arg: Argument) -> Result<i32, Errno> {
         let signals = SignalsBlocked::new();
         self.vm().check_owner()?;
-        let mut claim: PreFaultMemory = abi::read(address)?;
+        let mut claim: PreFaultMemory = abi::read(arg)?;
         if claim.flags != 0 {
             return Err(Errno::INVAL);
         }
@@ -304,7 +304,7 @@ impl VcpuObject {
         }
         claim.gpa += done;
         claim.size -= done;
-        abi::write(address, &claim).map(|()| 0)
+        abi::write(arg, &claim).map(|()| 0)
     }
 
     /// Bytes done, and why it stopped.

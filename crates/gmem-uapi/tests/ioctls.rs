@@ -42,7 +42,7 @@ impl Client {
     }
 
     fn ioctl_number(&self, fd: i32, request: u32, arg: usize) -> Result<i32, Errno> {
-        match self.process.ioctl(fd, request, arg) {
+        match self.process.ioctl(fd, request, arg.into()) {
             Answer::Done(result) => result,
             Answer::Pass => panic!("{request:#x} is gmem's to answer"),
         }
@@ -151,7 +151,7 @@ fn capabilities() {
         let flags = [system_flags, vm_flags[0], vm_flags[1]].map(Ok);
         assert_eq!(all(cap::GUEST_MEMFD_FLAGS), flags, "{name}");
         assert_eq!(client.capability(vms[1], cap::MULTI_ADDRESS_SPACE), Ok(1), "{name}");
-        assert_eq!(client.process.ioctl(vms[1], abi::CHECK_EXTENSION, 0), Answer::Pass, "the host's to answer");
+        assert_eq!(client.process.ioctl(vms[1], abi::CHECK_EXTENSION, 0.into()), Answer::Pass, "the host's to answer");
         vms.into_iter().for_each(|fd| client.close(fd));
     }
 }
@@ -160,7 +160,7 @@ fn capabilities() {
 fn other_vm_types_are_the_hosts() {
     let client = client!("linux-7.3");
     for vm_type in [2, 5, 31, 32, 1 << 31, usize::MAX] {
-        assert_eq!(client.process.ioctl(client.kvm.as_raw_fd(), abi::CREATE_VM, vm_type), Answer::Pass);
+        assert_eq!(client.process.ioctl(client.kvm.as_raw_fd(), abi::CREATE_VM, vm_type.into()), Answer::Pass);
     }
 }
 
