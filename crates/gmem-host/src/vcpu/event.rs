@@ -3,7 +3,7 @@
 
 use iced_x86::Register;
 
-use super::kvm::Events;
+use super::layout::Events;
 use super::probe::{Probe, Rights, Step, Stop, Touch};
 use super::segment;
 use super::state::Width;

@@ -5,7 +5,8 @@ use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 
-use super::kvm::{Events, Fpu, Regs, Sregs, Vcpu};
+use super::kvm::Vcpu;
+use super::layout::{Events, Fpu, Regs, Sregs};
 use super::state::Source;
 use super::{Access, AccessKind};
 

@@ -2,27 +2,17 @@
 
 use gmem_core::addr::PAGE_SIZE as PAGE;
 use iced_x86::{
-    Code, CodeSize, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    OpKind, Register, UsedMemory,
+    Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    Register, UsedMemory,
 };
 
 use super::event::{self, Origin};
-use super::probe::{Probe, Rights, Step, Stop, Touch};
+use super::probe::{Operand, Probe, Rights, Step, Stop, Touch};
 use super::state::Width;
 use super::{segment, vector};
 
 /// No instruction is longer.
 const LONGEST: usize = 15;
-
-/// One memory operand, explicit or implied.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Operand {
-    pub(super) linear: u64,
-    pub(super) size: u64,
-    pub(super) touch: Touch,
-    /// Whether the instruction names it; stack accesses, for one, are implied.
-    pub(super) explicit: bool,
-}
 
 /// Follows the instruction at RIP up to its last access.
 pub(super) fn follow(probe: &mut Probe<'_>) -> Step {
@@ -167,24 +157,16 @@ fn address(probe: &Probe<'_>, instruction: &Instruction, memory: &UsedMemory, ex
     if explicit {
         offset = offset.wrapping_add(bit_offset(probe, instruction));
     }
-    let linear = cpu.linear(memory.segment(), offset & width_of(memory.address_size()).mask());
+    let linear = cpu.linear(memory.segment(), offset & Width::from(memory.address_size()).mask());
     // Clearing a cache line ignores where in the line the address points.
     if is_cache_line_zero(instruction) { linear & !63 } else { linear }
 }
 
 /// The decoder sizes the stack pointer like the code; the processor sizes it like the stack segment.
 fn stack_address(probe: &Probe<'_>, memory: &UsedMemory) -> u64 {
-    let displacement = width_of(memory.address_size()).sign_extend(memory.displacement());
+    let displacement = Width::from(memory.address_size()).sign_extend(memory.displacement());
     let pointer = probe.cpu.gpr(memory.base().full_register());
     probe.cpu.linear(Register::SS, pointer.wrapping_add(displacement) & probe.cpu.stack().mask())
-}
-
-pub(super) fn width_of(size: CodeSize) -> Width {
-    match size {
-        CodeSize::Code16 => Width::Bits16,
-        CodeSize::Code32 => Width::Bits32,
-        _ => Width::Bits64,
-    }
 }
 
 /// BT, BTS, BTR and BTC with a register address a bit string: the register's upper part selects the word, signed.

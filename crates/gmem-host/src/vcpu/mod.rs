@@ -40,6 +40,7 @@ mod event;
 mod exit;
 mod instr;
 mod kvm;
+mod layout;
 mod probe;
 mod segment;
 mod state;
@@ -97,7 +98,7 @@ pub fn prepare() {
 
 /// How far a vCPU has come. No instruction has ended between two that are equal, nor an iteration of a repeated one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Progress(kvm::Regs);
+pub struct Progress(layout::Regs);
 
 /// How far `vcpu`, which must not be running, has come.
 ///
@@ -144,7 +145,7 @@ pub fn locate_failed_emulation<V: GuestView>(
     let found = follow(&vcpu, view, forbidden, None)?;
     // `handle_emulation_failure()` queues an invalid-opcode exception beside the exit; the guest has not earned it.
     if found.is_some() && events.exception_nr == UD_VECTOR {
-        vcpu.set_events(kvm::Events { exception_injected: 0, exception_pending: 0, ..events })?;
+        vcpu.set_events(layout::Events { exception_injected: 0, exception_pending: 0, ..events })?;
     }
     Ok(found)
 }

@@ -53,6 +53,16 @@ impl Touch {
     }
 }
 
+/// One memory operand, explicit or implied.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operand {
+    pub(super) linear: u64,
+    pub(super) size: u64,
+    pub(super) touch: Touch,
+    /// Whether the instruction names it; stack accesses, for one, are implied.
+    pub(super) explicit: bool,
+}
+
 /// With whose rights an access is made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Rights {

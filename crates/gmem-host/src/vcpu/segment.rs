@@ -3,8 +3,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::instr::Operand;
-use super::probe::{Probe, Rights, Step, Stop, Touch};
+use super::probe::{Operand, Probe, Rights, Step, Stop, Touch};
 
 /// Type bit of a code or data descriptor that the processor sets when it loads it.
 const ACCESSED: u64 = 1 << 40;

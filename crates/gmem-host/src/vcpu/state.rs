@@ -1,9 +1,9 @@
 //! The state of a vCPU as far as an address computation needs it, and where it comes from.
 
-use iced_x86::Register;
+use iced_x86::{CodeSize, Register};
 use rustix::io::Errno;
 
-use super::kvm::{Events, Regs, Segment, Sregs};
+use super::layout::{Events, Regs, Segment, Sregs};
 
 pub(super) const CR0_PE: u64 = 1;
 pub(super) const CR0_WP: u64 = 1 << 16;
@@ -44,6 +44,16 @@ pub(super) enum Width {
     Bits16,
     Bits32,
     Bits64,
+}
+
+impl From<CodeSize> for Width {
+    fn from(size: CodeSize) -> Self {
+        match size {
+            CodeSize::Code16 => Self::Bits16,
+            CodeSize::Code32 => Self::Bits32,
+            _ => Self::Bits64,
+        }
+    }
 }
 
 impl Width {

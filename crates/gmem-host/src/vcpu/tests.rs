@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use super::kvm::{Events, Regs, Segment, Sregs};
+use super::layout::{Events, Regs, Segment, Sregs};
 use super::state::{Component, EFER_LMA};
 use super::*;
 

@@ -2,8 +2,8 @@
 
 use iced_x86::{Instruction, Mnemonic, Register, UsedMemory};
 
-use super::instr::{Operand, width_of};
-use super::probe::{Probe, Rights, Step, Touch};
+use super::probe::{Operand, Probe, Rights, Step, Touch};
+use super::state::Width;
 
 /// State components of the XSAVE area.
 const YMM_HIGH: u32 = 2;
@@ -92,7 +92,7 @@ fn start_offset(probe: &Probe<'_>, memory: &UsedMemory) -> u64 {
 }
 
 fn linear(probe: &Probe<'_>, memory: &UsedMemory, offset: u64) -> u64 {
-    probe.cpu.linear(memory.segment(), offset & width_of(memory.address_size()).mask())
+    probe.cpu.linear(memory.segment(), offset & Width::from(memory.address_size()).mask())
 }
 
 /// Whether element `element` of `size` bytes takes part.
