@@ -41,6 +41,9 @@ const MOST_INSTRUCTIONS: usize = 4096;
 /// # Safety
 /// `program` is what the client passed as a `struct sock_fprog`.
 pub(crate) unsafe fn with_own_rule<T>(program: usize, install: impl FnOnce(usize) -> T) -> T {
+    if crate::process().is_some() {
+        gmem_host::vcpu::prepare();
+    }
     let Some(text) = own_text() else { return install(program) };
     // SAFETY: of the caller.
     let Some(instructions) = (unsafe { read_program(program) }) else { return install(program) };

@@ -99,7 +99,6 @@ impl Process {
     /// A process that has no descriptors of gmem's yet.
     #[must_use]
     pub fn new(config: Config, native: Native) -> Self {
-        gmem_host::vcpu::prepare();
         address_space::enter();
         Self {
             config,

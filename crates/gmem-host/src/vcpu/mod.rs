@@ -89,7 +89,8 @@ pub struct Access {
 
 /// Fills the decoder's tables, which the first decoded instruction would otherwise do.
 ///
-/// Call it once before a client can install a system call filter or hold its allocator's locks.
+/// They are nearly half a megabyte, and most clients never need them. Call it before a system call filter of the client's
+/// comes into force: it may forbid what the allocator then does.
 pub fn prepare() {
     let mut decoder = iced_x86::Decoder::new(64, &[0x90], iced_x86::DecoderOptions::NONE);
     let instruction = decoder.decode();
