@@ -20,14 +20,23 @@ pub(crate) enum Kind {
     Foreign,
 }
 
-/// Bytes that hold the header, the program headers and the interpreter's name of any real program.
-const HEAD: u64 = 1 << 16;
+/// Bytes that hold the header, the program headers and the interpreter's name: of nearly every program, and of any real one.
+const HEADS: [u64; 2] = [1 << 12, 1 << 16];
 
 /// Looks into `path`.
 pub(crate) fn kind(path: &Path) -> std::io::Result<Kind> {
+    let mut file = File::open(path)?;
     let mut head = Vec::new();
-    File::open(path)?.take(HEAD).read_to_end(&mut head)?;
-    Ok(kind_of(&head))
+    for size in HEADS {
+        let more = size - head.len() as u64;
+        head.reserve_exact(usize::try_from(more).unwrap_or(0));
+        file.by_ref().take(more).read_to_end(&mut head)?;
+        match kind_of(&head) {
+            Kind::Foreign => {}
+            kind => return Ok(kind),
+        }
+    }
+    Ok(Kind::Foreign)
 }
 
 fn kind_of(head: &[u8]) -> Kind {

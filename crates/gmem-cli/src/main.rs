@@ -47,7 +47,8 @@ enum Command {
 
 fn main() -> ExitCode {
     sigpipe::end_by_it();
-    let result = match Arguments::parse().command {
+    let command = run::Arguments::alone().map_or_else(|| Arguments::parse().command, Command::Run);
+    let result = match command {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),
         Command::Probe(arguments) => probe::run(&arguments),

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, FromArgMatches};
 use gmem_uapi::native::Native;
 use gmem_uapi::profile::{self, Profile};
 use gmem_uapi::{Config, Errno};
@@ -47,6 +47,19 @@ pub(crate) struct Arguments {
     /// The program and its arguments.
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
+}
+
+impl Arguments {
+    /// Those of this process, if it is a complete `gmem run`.
+    ///
+    /// A program that starts programs does not first describe all its other commands to itself. What is wrong, or asks for help,
+    /// is left to the parser that knows them.
+    pub(crate) fn alone() -> Option<Self> {
+        let mut all = std::env::args_os().skip(1);
+        all.next().filter(|command| command == "run")?;
+        let parser = Self::augment_args(clap::Command::new("run").no_binary_name(true));
+        Self::from_arg_matches(&parser.try_get_matches_from(all).ok()?).ok()
+    }
 }
 
 /// A program that cannot be run, with the exit code that a shell would give.
