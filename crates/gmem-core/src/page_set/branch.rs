@@ -54,7 +54,7 @@ impl<N: Node, const FAN_OUT: usize> Branch<N, FAN_OUT> {
 
     /// The child if it is attached.
     #[inline]
-    fn attached(&self, child: u64, tag: Values) -> Option<&N> {
+    pub(super) fn attached(&self, child: u64, tag: Values) -> Option<&N> {
         if tag == Values::MIXED { self.children[index(child, FAN_OUT)].get() } else { None }
     }
 

@@ -39,7 +39,7 @@ fn parts(span: Span) -> impl Iterator<Item = (u64, Span)> {
 impl<const BLOCKS: usize, const WORDS: usize> Leaf<BLOCKS, WORDS> {
     /// The bitmap if it is attached.
     #[inline]
-    fn bitmap(&self) -> Option<&Bitmap<WORDS>> {
+    pub(super) fn bitmap(&self) -> Option<&Bitmap<WORDS>> {
         // Acquire: see `attach` and `reset`.
         if self.has_bitmap.load(Acquire) { self.bitmap.get() } else { None }
     }
@@ -60,7 +60,7 @@ impl<const BLOCKS: usize, const WORDS: usize> Leaf<BLOCKS, WORDS> {
     }
 
     #[inline]
-    fn block(&self, block: u64) -> Arc {
+    pub(super) fn block(&self, block: u64) -> Arc {
         // Acquire: see `put`.
         Arc::from_bits(self.blocks[index(block, BLOCKS)].load(Acquire))
     }
