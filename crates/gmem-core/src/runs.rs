@@ -88,6 +88,26 @@ impl<V> Chunk<V> {
     }
 }
 
+/// Parts that one step of [`rank`] tells apart.
+const WAYS: usize = 6;
+
+/// How many of the fences, which ascend, are not above `page`.
+///
+/// Each step looks at five fences, which the processor loads at the same time: halving would take more than twice the steps,
+/// each of which waits for the one before.
+#[inline]
+fn rank(mut fences: &[u64], page: u64) -> usize {
+    let mut below = 0;
+    while fences.len() > 2 * WAYS {
+        let part = fences.len() / WAYS;
+        let passed = (1..WAYS).map(|parts| usize::from(fences[parts * part - 1] <= page)).sum::<usize>() * part;
+        below += passed;
+        // One part and what the division left over.
+        fences = &fences[passed..][..fences.len() - (WAYS - 1) * part];
+    }
+    below + fences.iter().map(|fence| usize::from(*fence <= page)).sum::<usize>()
+}
+
 /// What lies beyond the ends of a chunk.
 #[derive(Clone, Copy)]
 struct Neighbours {
@@ -316,7 +336,7 @@ impl<V: Linear> RunMap<V> {
     /// The chunk in which a run that starts at `page` is or would be.
     #[inline]
     fn chunk_of(&self, page: u64) -> usize {
-        self.fences.partition_point(|fence| *fence <= page)
+        rank(&self.fences, page)
     }
 
     /// The first run that starts at `page` or after.

@@ -80,6 +80,22 @@ fn no_pages_change_nothing() {
     assert_eq!((map.run_count(), map.runs(8, 0).count()), (1, 0));
 }
 
+/// Every number of fences that takes up to two steps to search, and every place among them.
+#[test]
+fn rank_counts_the_fences_up_to_a_page() {
+    let fences: Vec<u64> = (1..=few(40, 600) as u64).map(|fence| fence * 2).collect();
+    for fences in (0..=fences.len()).filter_map(|count| fences.get(..count)) {
+        for page in 0..=fences.len() as u64 * 2 + 3 {
+            assert_eq!(
+                rank(fences, page),
+                fences.partition_point(|fence| *fence <= page),
+                "{page} among {}",
+                fences.len()
+            );
+        }
+    }
+}
+
 /// Enough for many chunks.
 const PAGES: u64 = few(300, 2000) as u64;
 
