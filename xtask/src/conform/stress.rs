@@ -37,6 +37,14 @@ impl Stress {
         }
     }
 
+    /// The same for so long that a client can be killed in the middle, however the machine's speed changes.
+    fn at_length(self) -> Self {
+        match self {
+            Self::Race(seconds) => Self::Race(20 * seconds),
+            Self::Churn(rounds) => Self::Churn(20 * rounds),
+        }
+    }
+
     /// A time that is long enough on a slow machine.
     fn limit(self) -> Duration {
         Duration::from_secs(match self {
@@ -63,11 +71,15 @@ pub(super) fn run(args: &Args, stress: Stress, client: &Path, gmem: &Gmem) -> Re
 
 /// In a guest: one client that ends by itself, and one that is killed in the middle.
 pub(super) fn here(args: &Args, stress: Stress, folder: &Path, client: &Path) -> Result<ExitCode> {
-    let mut words = args.gmem.prefix(args.under);
-    words.push(client.into());
-    words.extend(stress.words());
-    words.extend(["--seed".into(), args.seeds.start.to_string().into()]);
-    words.extend(["--surface".into(), args.surface.name().into()]);
+    let command = |stress: Stress| {
+        let mut words = args.gmem.prefix(args.under);
+        words.push(client.into());
+        words.extend(stress.words());
+        words.extend(["--seed".into(), args.seeds.start.to_string().into()]);
+        words.extend(["--surface".into(), args.surface.name().into()]);
+        words
+    };
+    let words = command(stress);
     let log = folder.join("log");
     let before = Held::now()?;
     let file = File::create(&log)?;
@@ -77,7 +89,7 @@ pub(super) fn here(args: &Args, stress: Stress, folder: &Path, client: &Path) ->
         bail!("{words:?} ended with {}", ran.status);
     }
     before.regained().context("after the client's own end")?;
-    killed(&words, ran.took / 2)?;
+    killed(&command(stress.at_length()), ran.took / 2)?;
     before.regained().context("after SIGKILL")?;
     println!("nothing left behind: neither after the end of the client nor after SIGKILL");
     Ok(ExitCode::SUCCESS)
