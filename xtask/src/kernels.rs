@@ -206,7 +206,8 @@ pub(crate) const BUILD_TOOLS: [Tool; 7] = [
     Tool("rsync", "rsync"),
 ];
 
-fn need_headers(headers: &[(&str, &str)]) -> Result<()> {
+/// That these files, each with the package that has it, are there.
+pub(crate) fn need_headers(headers: &[(&str, &str)]) -> Result<()> {
     let absent: Vec<&str> =
         headers.iter().filter(|(file, _)| !Path::new(file).exists()).map(|(_, package)| *package).collect();
     if !absent.is_empty() {
