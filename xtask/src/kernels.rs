@@ -211,7 +211,7 @@ pub(crate) fn need_headers(headers: &[(&str, &str)]) -> Result<()> {
     let absent: Vec<&str> =
         headers.iter().filter(|(file, _)| !Path::new(file).exists()).map(|(_, package)| *package).collect();
     if !absent.is_empty() {
-        bail!(Missing(format!("headers to build a kernel with (apt-get install {})", absent.join(" "))));
+        bail!(Missing(format!("headers to build with (apt-get install {})", absent.join(" "))));
     }
     Ok(())
 }

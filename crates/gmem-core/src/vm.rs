@@ -272,7 +272,6 @@ impl Vm {
     #[must_use]
     pub fn uniform_attribute(&self, range: GfnRange) -> Option<Side> {
         match self.rules.tracking {
-            _ if range.len() == 1 => Some(self.attribute(range.start())),
             Tracking::Attributes => {
                 let private = self.private.uniform(range.start().0, range.len())?;
                 Some(if private { Side::Private } else { Side::Shared })

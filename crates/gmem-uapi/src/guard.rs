@@ -35,6 +35,7 @@ struct Guard {
 impl Guards {
     /// Brings the guards over `range` in line with attributes and slots.
     pub(crate) fn update(&mut self, vm: BorrowedFd<'_>, core: &Vm, range: GfnRange) {
+        // Where there is a slot there is no guard: most conversions end here.
         if core.slots().at(0, range.start()).is_some_and(|slot| slot.gfns.covers(range)) {
             return;
         }

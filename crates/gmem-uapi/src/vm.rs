@@ -275,10 +275,9 @@ impl VmObject {
         }
         let range = GfnRange::from_bytes(claim.address, claim.size).map_err(|_| Errno::INVAL)?;
         let side = if claim.attributes == 0 { Side::Shared } else { Side::Private };
-        let alike = state.core.uniform_attribute(range);
-        let mixed: Vec<_> = match (alike, state.core.slots().overlapping(range).next()) {
-            (None, Some(_)) => state.core.attribute_runs(range).collect(),
-            _ => Vec::new(),
+        let before: Vec<_> = match state.core.slots().overlapping(range).next() {
+            Some(_) => state.core.attribute_runs(range).collect(),
+            None => Vec::new(),
         };
         match state.convert(range, side) {
             Ok(()) => {
@@ -287,7 +286,7 @@ impl VmObject {
             }
             Err(error) => {
                 // Too many mappings (vm.max_map_count): back to what was, which needs no more than there were.
-                for (range, side) in alike.map(|side| (range, side)).into_iter().chain(mixed) {
+                for (range, side) in before {
                     let _ = state.convert(range, side);
                 }
                 Err(error)

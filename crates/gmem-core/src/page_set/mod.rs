@@ -268,6 +268,9 @@ impl PageSet {
     }
 
     fn values(&self, start: u64, len: u64) -> Values {
+        if len == 1 && start < self.pages {
+            return Values::only(self.get(start));
+        }
         let inside =
             self.inside(start, len).map_or(Values::NONE, |span| at_root!(&self.root, node => node.values(span)));
         match self.outside(start, len) {
