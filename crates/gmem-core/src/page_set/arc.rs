@@ -125,21 +125,4 @@ impl Arc {
         let end = u64::from(self.start() + self.len());
         (below(end) & !below(u64::from(self.start()))) | below(end.saturating_sub(u64::from(BLOCK)))
     }
-
-    /// The state that a bitmap shows, if it is one run.
-    pub(super) fn of_words(words: [u64; 8]) -> Option<Self> {
-        let ones = words.iter().map(|word| word.count_ones()).sum();
-        // A run starts where a page is in the set and the one before is not.
-        let mut before = words[7] >> 63;
-        let mut starts = (0..).zip(words).filter_map(|(index, word)| {
-            let rising = word & !(word << 1 | before);
-            before = word >> 63;
-            (rising != 0).then_some((index * 64 + rising.trailing_zeros(), rising.count_ones()))
-        });
-        match (starts.next(), starts.next()) {
-            (None, _) => Some(Self::uniform(ones > 0)),
-            (Some((start, 1)), None) => Some(Self::new(start, ones)),
-            _ => None,
-        }
-    }
 }

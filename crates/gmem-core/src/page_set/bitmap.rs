@@ -1,8 +1,8 @@
 //! The node that has a bit for each page.
 
 use super::arc::Arc;
-use super::node::{Census, Node, Span, Values, index};
-use core::hash::{Hash, Hasher};
+use super::node::{Census, Node, Span, TooPlain, Values, index};
+use alloc::boxed::Box;
 use core::sync::atomic::{
     AtomicU64,
     Ordering::{Acquire, Relaxed, Release},
@@ -40,8 +40,13 @@ fn mask(span: Span, at: u64) -> u64 {
 impl<const WORDS: usize> Bitmap<WORDS> {
     /// A bitmap that has to be reset before it is used. Being nothing but zeros, it comes into being where it will be, and
     /// its 32 KiB never lie on the stack of the caller, who may be a client's thread.
-    pub(super) const fn blank() -> Self {
+    const fn blank() -> Self {
         Self { words: [const { AtomicU64::new(0) }; WORDS], census: Census::blank() }
+    }
+
+    /// The word of the first 64 pages.
+    pub(super) fn first_word(&self) -> u64 {
+        self.word(0).load(Acquire)
     }
 
     #[inline]
@@ -69,11 +74,6 @@ impl<const WORDS: usize> Bitmap<WORDS> {
         true
     }
 
-    /// The pages of a 2 MiB block.
-    pub(super) fn block(&self, block: u64) -> [u64; 8] {
-        core::array::from_fn(|at| self.word(block * WORDS_OF_BLOCK + at as u64).load(Acquire))
-    }
-
     /// Makes a 2 MiB block what `arc` says.
     pub(super) fn put_block(&self, block: u64, arc: Arc) {
         for at in 0..WORDS_OF_BLOCK {
@@ -85,9 +85,16 @@ impl<const WORDS: usize> Bitmap<WORDS> {
 
 impl<const WORDS: usize> Node for Bitmap<WORDS> {
     const SHIFT: u32 = WORD_SHIFT + WORDS.trailing_zeros();
+    type Dense = Self;
 
     fn uniform(value: bool) -> Self {
         let new = Self::blank();
+        new.reset(value);
+        new
+    }
+
+    fn boxed(value: bool) -> Box<Self> {
+        let new = Box::new(Self::blank());
         new.reset(value);
         new
     }
@@ -109,19 +116,20 @@ impl<const WORDS: usize> Node for Bitmap<WORDS> {
         (self.word(page >> WORD_SHIFT).load(Acquire) >> (page & 63)) & 1 != 0
     }
 
-    fn set(&self, span: Span, value: bool) {
+    fn set(&self, span: Span, value: bool) -> Result<(), TooPlain> {
         for (at, old, mask) in self.parts(span) {
             self.put(at, old, if value { old | mask } else { old & !mask });
         }
+        Ok(())
     }
 
     #[inline]
-    fn set_page(&self, page: u64, value: bool) -> bool {
+    fn set_page(&self, page: u64, value: bool) -> Result<bool, TooPlain> {
         let (at, bit) = (page >> WORD_SHIFT, page & 63);
         let old = self.word(at).load(Relaxed);
         // Without a branch on the value: who sets pages to what they were not makes it depend on memory that is on its way,
         // and a wrong guess then throws away all that the processor has begun meanwhile.
-        self.put(at, old, (old & !(1 << bit)) | u64::from(value) << bit) && self.whole() != Values::MIXED
+        Ok(self.put(at, old, (old & !(1 << bit)) | u64::from(value) << bit) && self.whole() != Values::MIXED)
     }
 
     fn values(&self, span: Span) -> Values {
@@ -148,29 +156,5 @@ impl<const WORDS: usize> Node for Bitmap<WORDS> {
 
     fn heap_bytes(&self) -> usize {
         0
-    }
-}
-
-impl<const WORDS: usize> Clone for Bitmap<WORDS> {
-    fn clone(&self) -> Self {
-        let copy = Self::uniform(false);
-        for (at, word) in (0..).zip(&self.words) {
-            copy.put(at, 0, word.load(Acquire));
-        }
-        copy
-    }
-}
-
-impl<const WORDS: usize> PartialEq for Bitmap<WORDS> {
-    fn eq(&self, other: &Self) -> bool {
-        self.words.iter().zip(&other.words).all(|(one, other)| one.load(Acquire) == other.load(Acquire))
-    }
-}
-
-impl<const WORDS: usize> Eq for Bitmap<WORDS> {}
-
-impl<const WORDS: usize> Hash for Bitmap<WORDS> {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.words.iter().for_each(|word| state.write_u64(word.load(Acquire)));
     }
 }

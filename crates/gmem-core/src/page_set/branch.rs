@@ -1,27 +1,46 @@
 //! The inner node of the tree, and the order in which a writer changes it.
 
-use super::node::{Census, Node, Span, Values, index};
-use alloc::boxed::Box;
-use core::hash::{Hash, Hasher};
+use super::node::{Census, Node, Span, Tag, TooPlain, Values, index};
 use core::sync::atomic::{
     AtomicU8,
     Ordering::{Acquire, Relaxed, Release},
 };
 use once_cell::race::OnceBox;
 
-/// `FAN_OUT` children, each of which exists once it has been mixed.
+/// `FAN_OUT` children, each of which exists once it has been mixed, and in the dense form once its plain form could not say
+/// what its pages are.
 ///
-/// A child is *attached* while its tag says mixed; what a detached child holds means nothing. When the writer is done,
-/// a tag is mixed exactly if both values occur in the child. So equal contents have equal tags, and comparing needs
-/// to follow mixed tags only.
+/// A child's tag says which form is *attached*, if any; what a detached one holds means nothing. When the writer is done,
+/// a tag is mixed exactly if both values occur in the child.
 ///
-/// Tags are bytes, although two bits would do: single pages are what a guest converts most, and where they lie without
-/// order, their cost is the number of instructions that the processor can look ahead while it waits for memory. A
-/// range operation passes over all tags of its range instead, 1024 of them for 1 TiB.
-pub(super) struct Branch<N, const FAN_OUT: usize> {
+/// The dense form stays attached until the child becomes uniform, and after that too if it did so page by page; it is not
+/// given up as soon as the plain form would do, which will often not be for long.
+///
+/// Tags are bytes, although three bits would do: single pages are what a guest converts most, and where they lie without
+/// order, their cost is the number of instructions that the processor can look ahead while it waits for memory. For the
+/// same reason the tag says the form, and not the child itself, which would have to be looked at first. A range operation
+/// passes over all tags of its range instead, 1024 of them for 1 TiB.
+pub(super) struct Branch<N: Node, const FAN_OUT: usize> {
     tags: [AtomicU8; FAN_OUT],
     census: Census,
     children: [OnceBox<N>; FAN_OUT],
+    dense: [OnceBox<N::Dense>; FAN_OUT],
+}
+
+/// A child in the form that is attached.
+pub(super) enum Attached<'a, N: Node> {
+    Plain(&'a N),
+    Dense(&'a N::Dense),
+}
+
+/// Evaluates the same expression for whatever form a child has.
+macro_rules! in_form {
+    ($child:expr, $node:ident => $body:expr) => {
+        match $child {
+            Attached::Plain($node) => $body,
+            Attached::Dense($node) => $body,
+        }
+    };
 }
 
 impl<N: Node, const FAN_OUT: usize> Branch<N, FAN_OUT> {
@@ -32,93 +51,118 @@ impl<N: Node, const FAN_OUT: usize> Branch<N, FAN_OUT> {
     }
 
     #[inline]
-    fn tag(&self, child: u64) -> Values {
+    fn tag(&self, child: u64) -> Tag {
         // Acquire: see `put_tag`.
-        Values::from_bits(self.tags[index(child, FAN_OUT)].load(Acquire))
+        Tag::from_bits(self.tags[index(child, FAN_OUT)].load(Acquire))
     }
 
-    fn put_tag(&self, child: u64, tag: Values) {
+    fn put_tag(&self, child: u64, tag: Tag) {
         let place = &self.tags[index(child, FAN_OUT)];
-        let old = Values::from_bits(place.load(Relaxed));
+        let old = Tag::from_bits(place.load(Relaxed));
         if old != tag {
             // Release, for `tag`: a reader that sees a child attached sees what it was reset to.
             place.store(tag.bits(), Release);
-            self.census.replace(old, tag);
+            self.census.replace(old.values(), tag.values());
         }
     }
 
     /// The tags of the children from `first` to `last`, if there are any, with the children's numbers.
-    fn tags(&self, first: u64, last: u64) -> impl Iterator<Item = (u64, Values)> {
+    fn tags(&self, first: u64, last: u64) -> impl Iterator<Item = (u64, Tag)> {
         (first..=last).map(|child| (child, self.tag(child)))
     }
 
     /// The child if it is attached.
     #[inline]
-    pub(super) fn attached(&self, child: u64, tag: Values) -> Option<&N> {
-        if tag == Values::MIXED { self.children[index(child, FAN_OUT)].get() } else { None }
+    pub(super) fn attached(&self, child: u64, tag: Tag) -> Option<Attached<'_, N>> {
+        let place = index(child, FAN_OUT);
+        match tag {
+            Tag::DENSE => self.dense[place].get().map(Attached::Dense),
+            Tag::MIXED => self.children[place].get().map(Attached::Plain),
+            _ => None,
+        }
     }
 
     /// Attaches a detached child whose pages have `value`.
-    fn attach(&self, child: u64, value: bool) -> &N {
-        let node = self.children[index(child, FAN_OUT)].get_or_init(|| Box::new(N::uniform(value)));
+    fn attach(&self, child: u64, value: bool) -> Attached<'_, N> {
+        let place = index(child, FAN_OUT);
+        // What became uniform page by page is going to be what it was.
+        if let Some(dense) = self.dense[place].get().filter(|dense| dense.whole() == Values::only(value)) {
+            self.put_tag(child, Tag::DENSE);
+            return Attached::Dense(dense);
+        }
+        let node = self.children[place].get_or_init(|| N::boxed(value));
         node.reset(value);
-        self.put_tag(child, Values::MIXED);
-        node
+        self.put_tag(child, Tag::MIXED);
+        Attached::Plain(node)
+    }
+
+    /// Attaches the dense form of a child whose plain form is attached.
+    #[cold]
+    fn make_dense(&self, child: u64, plain: &N) -> &N::Dense {
+        let dense = self.dense[index(child, FAN_OUT)].get_or_init(|| N::Dense::boxed(false));
+        // Each word at once, not by way of an empty node: readers may be inside.
+        plain.copy_to(dense);
+        self.put_tag(child, Tag::DENSE);
+        dense
+    }
+
+    /// What follows from a change of a child's pages.
+    fn changed(&self, child: u64, form: Tag, node: &impl Node) {
+        self.put_tag(child, Tag::of(node.whole(), form));
     }
 
     fn set_part(&self, child: u64, span: Span, value: bool) {
         let part = span.part(child, N::SHIFT);
         let tag = self.tag(child);
-        if tag == Values::only(value) {
+        if tag == Tag::only(value) {
             return;
         }
         if part.is_whole(N::SHIFT) {
-            return self.put_tag(child, Values::only(value));
+            return self.put_tag(child, Tag::only(value));
         }
-        let node = self.attached(child, tag).unwrap_or_else(|| self.attach(child, !value));
-        node.set(part, value);
-        self.put_tag(child, node.whole());
+        let dense = match self.attached(child, tag).unwrap_or_else(|| self.attach(child, !value)) {
+            Attached::Plain(node) => match node.set(part, value) {
+                Ok(()) => return self.changed(child, Tag::MIXED, node),
+                Err(TooPlain) => self.make_dense(child, node),
+            },
+            Attached::Dense(node) => node,
+        };
+        // The dense form can say everything.
+        let _ = dense.set(part, value);
+        self.changed(child, Tag::DENSE, dense);
     }
 
     fn values_in_part(&self, child: u64, span: Span) -> Values {
         let (tag, part) = (self.tag(child), span.part(child, N::SHIFT));
         match self.attached(child, tag) {
-            Some(node) if !part.is_whole(N::SHIFT) => node.values(part),
-            _ => tag,
+            Some(attached) if !part.is_whole(N::SHIFT) => in_form!(attached, node => node.values(part)),
+            _ => tag.values(),
         }
     }
 
     /// What occurs in the children from `first` to `last`; nothing if there are none.
     fn values_of_children(&self, first: u64, last: u64) -> Values {
-        self.tags(first, last).fold(Values::NONE, |found, (_, tag)| found.with(tag))
-    }
-
-    fn all_tags(&self) -> impl Iterator<Item = Values> {
-        self.tags.iter().map(|tag| Values::from_bits(tag.load(Acquire)))
-    }
-
-    fn each_attached(&self) -> impl Iterator<Item = (u64, &N)> {
-        (0..).zip(self.all_tags()).filter_map(|(child, tag)| Some((child, self.attached(child, tag)?)))
+        self.tags(first, last).fold(Values::NONE, |found, (_, tag)| found.with(tag.values()))
     }
 }
 
 impl<N: Node, const FAN_OUT: usize> Node for Branch<N, FAN_OUT> {
     const SHIFT: u32 = N::SHIFT + FAN_OUT.trailing_zeros();
+    type Dense = Self;
 
     fn uniform(value: bool) -> Self {
-        let tag = Values::only(value);
         Self {
-            tags: core::array::from_fn(|_| AtomicU8::new(tag.bits())),
-            census: Census::of(FAN_OUT as u64, tag),
+            tags: core::array::from_fn(|_| AtomicU8::new(Tag::only(value).bits())),
+            census: Census::of(FAN_OUT as u64, Values::only(value)),
             children: [const { OnceBox::new() }; FAN_OUT],
+            dense: [const { OnceBox::new() }; FAN_OUT],
         }
     }
 
     fn reset(&self, value: bool) {
-        let tag = Values::only(value);
-        if self.whole() != tag {
-            self.tags.iter().for_each(|place| place.store(tag.bits(), Release));
-            self.census.set(FAN_OUT as u64, tag);
+        if self.whole() != Values::only(value) {
+            self.tags.iter().for_each(|place| place.store(Tag::only(value).bits(), Release));
+            self.census.set(FAN_OUT as u64, Values::only(value));
         }
     }
 
@@ -132,29 +176,39 @@ impl<N: Node, const FAN_OUT: usize> Node for Branch<N, FAN_OUT> {
         let child = Self::child_of(page);
         let tag = self.tag(child);
         match self.attached(child, tag) {
-            Some(node) => node.get(page),
-            None => tag.has(true),
+            Some(attached) => in_form!(attached, node => node.get(page)),
+            None => tag.values().has(true),
         }
     }
 
-    fn set(&self, span: Span, value: bool) {
+    fn set(&self, span: Span, value: bool) -> Result<(), TooPlain> {
         let (first, last) = span.children(N::SHIFT);
         self.set_part(first, span, value);
         if first < last {
-            (first + 1..last).for_each(|child| self.put_tag(child, Values::only(value)));
+            (first + 1..last).for_each(|child| self.put_tag(child, Tag::only(value)));
             self.set_part(last, span, value);
         }
+        Ok(())
     }
 
     #[inline]
-    fn set_page(&self, page: u64, value: bool) -> bool {
+    fn set_page(&self, page: u64, value: bool) -> Result<bool, TooPlain> {
         let child = Self::child_of(page);
-        match self.attached(child, self.tag(child)) {
-            Some(node) if !node.set_page(page, value) => return false,
-            Some(node) => self.put_tag(child, node.whole()),
-            None => self.set_part(child, Span::page(page & ((1 << Self::SHIFT) - 1)), value),
+        let tag = self.tag(child);
+        let alone = |page| Span::page(page & ((1 << Self::SHIFT) - 1));
+        match self.attached(child, tag) {
+            Some(Attached::Dense(node)) => match node.set_page(page, value) {
+                Ok(false) => return Ok(false),
+                Ok(true) | Err(TooPlain) => self.changed(child, Tag::DENSE, node),
+            },
+            Some(Attached::Plain(node)) => match node.set_page(page, value) {
+                Ok(false) => return Ok(false),
+                Ok(true) => self.changed(child, Tag::MIXED, node),
+                Err(TooPlain) => self.set_part(child, alone(page), value),
+            },
+            None => self.set_part(child, alone(page), value),
         }
-        self.whole() != Values::MIXED
+        Ok(self.whole() != Values::MIXED)
     }
 
     #[inline]
@@ -173,20 +227,21 @@ impl<N: Node, const FAN_OUT: usize> Node for Branch<N, FAN_OUT> {
 
     fn find(&self, span: Span, value: bool) -> Option<u64> {
         let (first, last) = span.children(N::SHIFT);
-        self.tags(first, last).filter(|(_, tag)| tag.has(value)).find_map(|(child, tag)| {
+        self.tags(first, last).filter(|(_, tag)| tag.values().has(value)).find_map(|(child, tag)| {
             let part = span.part(child, N::SHIFT);
-            let page = self.attached(child, tag).map_or(Some(part.first), |node| node.find(part, value))?;
+            let found = |attached: Attached<'_, N>| in_form!(attached, node => node.find(part, value));
+            let page = self.attached(child, tag).map_or(Some(part.first), found)?;
             Some((child << N::SHIFT) + page)
         })
     }
 
     fn count(&self, span: Span) -> u64 {
         let (first, last) = span.children(N::SHIFT);
-        let in_child = |(child, tag)| {
+        let in_child = |(child, tag): (u64, Tag)| {
             let part = span.part(child, N::SHIFT);
             match self.attached(child, tag) {
-                Some(node) => node.count(part),
-                None if tag.has(true) => part.len(),
+                Some(attached) => in_form!(attached, node => node.count(part)),
+                None if tag.values().has(true) => part.len(),
                 None => 0,
             }
         };
@@ -195,40 +250,7 @@ impl<N: Node, const FAN_OUT: usize> Node for Branch<N, FAN_OUT> {
 
     fn heap_bytes(&self) -> usize {
         let nodes = self.children.iter().filter_map(OnceBox::get);
-        nodes.map(|node| size_of::<N>() + node.heap_bytes()).sum()
-    }
-}
-
-impl<N: Node, const FAN_OUT: usize> Clone for Branch<N, FAN_OUT> {
-    /// Copies what is attached. A copied child gets the tag that it then deserves: while a writer is at work it may
-    /// have become uniform meanwhile.
-    fn clone(&self) -> Self {
-        let copy = Self::uniform(false);
-        for (child, tag) in (0..).zip(self.all_tags()) {
-            let node = self.attached(child, tag).cloned();
-            copy.put_tag(child, node.as_ref().map_or(tag, N::whole));
-            if let (Some(node), Values::MIXED) = (node, copy.tag(child)) {
-                let _ = copy.children[index(child, FAN_OUT)].set(Box::new(node));
-            }
-        }
-        copy
-    }
-}
-
-impl<N: Node, const FAN_OUT: usize> PartialEq for Branch<N, FAN_OUT> {
-    fn eq(&self, other: &Self) -> bool {
-        let same = |(child, node)| other.attached(child, Values::MIXED) == Some(node);
-        self.all_tags().eq(other.all_tags()) && self.each_attached().all(same)
-    }
-}
-
-impl<N: Node, const FAN_OUT: usize> Eq for Branch<N, FAN_OUT> {}
-
-impl<N: Node, const FAN_OUT: usize> Hash for Branch<N, FAN_OUT> {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        for tags in self.tags.chunks(32) {
-            state.write_u64(tags.iter().fold(0, |word, tag| word << 2 | u64::from(tag.load(Acquire))));
-        }
-        self.each_attached().for_each(|(_, node)| node.hash(state));
+        let dense = self.dense.iter().filter_map(OnceBox::get);
+        nodes.map(|node| size_of::<N>() + node.heap_bytes()).sum::<usize>() + dense.map(size_of_val).sum::<usize>()
     }
 }

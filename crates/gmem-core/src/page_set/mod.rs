@@ -5,28 +5,28 @@
 //!
 //! A tree of *branches*, whose children have a byte each that says whether their pages are all alike, over *leaves* of 1 GiB. A
 //! leaf has one word of state for each 2 MiB block as long as that word can say what the block's pages are: those in the set
-//! are one run (one odd page, the edge of a range, all, none). Otherwise the leaf has a bitmap. So the size of the set costs
-//! nothing, a range operation costs what its two edges cost and a byte for each 1 GiB between them, and the state of a set with
-//! some odd pages in every block of 1 TiB still fits into a processor's caches. Where it does not, a query waits for memory once.
+//! are one run (one odd page, the edge of a range, all, none). Otherwise it takes its dense form, a bitmap. So the size of the
+//! set costs nothing, a range operation costs what its two edges cost and a byte for each 1 GiB between them, and the state of a
+//! set with some odd pages in every block of 1 TiB still fits into a processor's caches. Where it does not, a query waits
+//! for memory once.
 //!
 //! | node | memory covered | bytes |
 //! |---|---|---|
-//! | leaf of 512 blocks | 1 GiB | 2064 |
-//! | bitmap of a leaf | 1 GiB | 32776 |
-//! | branch of 64 leaves, for sets of up to 64 GiB | 64 GiB | 584 |
-//! | branch of 2048 leaves, for larger sets | 2 TiB | 18440 |
-//! | branch of 2048 branches | 4 PiB | 18440 |
+//! | leaf of 512 blocks | 1 GiB | 2052 |
+//! | leaf as a bitmap | 1 GiB | 32776 |
+//! | branch of 64 leaves, for sets of up to 64 GiB | 64 GiB | 1096 |
+//! | branch of 2048 leaves, for larger sets | 2 TiB | 34824 |
+//! | branch of 2048 branches | 4 PiB | 34824 |
 //!
 //! The depth follows from the capacity, and nodes are allocated where a set becomes mixed. Up to 64 pages the set is one
-//! word, and up to 16 MiB it is a leaf of eight blocks; both need no allocation but the leaf's bitmap. At worst, one mixed page
-//! in each 1 GiB, a set without bitmaps takes 1/500,000 of the memory described; with a bitmap in each leaf, 1/30,000 (34 MiB
-//! for 1 TiB).
+//! word, and up to 16 MiB it is a bitmap. At worst, one mixed page in each 1 GiB, a set without bitmaps takes 1/500,000 of the
+//! memory described; with a bitmap in each leaf, 1/30,000 (34 MiB for 1 TiB).
 //!
 //! # Memory that is kept
 //!
 //! A node that becomes uniform again is found uniform at once, but stays allocated until the set is dropped: a reader
-//! may be inside, and a guest that converts a page back and forth should not allocate each time. So does a bitmap. A clone
-//! has no such spare nodes, and bitmaps only in leaves with a block that is no run. [`PageSet::heap_bytes`] counts them.
+//! may be inside, and a guest that converts a page back and forth should not allocate each time. A clone has no such spare
+//! nodes, and bitmaps only where a block is no run. [`PageSet::heap_bytes`] counts them.
 //!
 //! # Readers and the writer
 //!
@@ -40,13 +40,12 @@
 //! keep their value all the time. The truth at a moment is what a descent would find if nothing moved meanwhile. The
 //! argument, for a reader that descends from the root:
 //!
-//! 1. A node's tag for a child (uniform with a value, or mixed) is read by one load, and so are the state of a block, a
-//!    page in a bitmap, and which of these two a leaf uses. While the node is attached, that is reachable by mixed tags only,
-//!    what this load sees is true at that moment. The blocks and the bitmap of a leaf are its children in this sense: the one
-//!    in use is attached.
-//! 2. A node that the reader is in may be detached by the writer: an ancestor's tag becomes uniform, or the leaf turns
-//!    from its blocks to the bitmap. Until it is attached again it keeps the contents that it had at that moment, which lies
-//!    after the reader passed the tag and thus during the call. So what the reader sees there was true then.
+//! 1. A node's tag for a child (uniform with a value, or mixed and in which form) is read by one load, and so are the state of
+//!    a block and a page in a bitmap. While the node is attached, that is reachable by tags that name it only, what this
+//!    load sees is true at that moment.
+//! 2. A node that the reader is in may be detached by the writer: an ancestor's tag becomes uniform, or a leaf takes its
+//!    dense form. Until it is attached again it keeps the contents that it had at that moment, which lies after the reader
+//!    passed the tag and thus during the call. So what the reader sees there was true then.
 //! 3. Before a detached node is attached again it is reset to what the tag above it says, and a bitmap to what the blocks
 //!    say, each word by one store. A reader that is still inside sees the old contents (2), or the new ones, which are what
 //!    the tag or the blocks say and hence true. Only then is it attached, and only then does a page change.
@@ -66,6 +65,7 @@
 mod arc;
 mod bitmap;
 mod branch;
+mod lazy;
 mod leaf;
 mod node;
 #[cfg(test)]
@@ -74,28 +74,28 @@ mod tests;
 use bitmap::Bitmap;
 use branch::Branch;
 use core::fmt;
+use core::hash::{Hash, Hasher};
+use lazy::Lazy;
 use leaf::Leaf;
 use node::{Node, Span, Values};
 
 /// The largest capacity: all pages of a byte address space of 64 bits.
 pub const MAX_PAGES: u64 = 1 << 52;
 
-type Pages12 = Leaf<8, 64>;
-type Pages18 = Leaf<512, 4096>;
-type Pages24 = Branch<Pages18, 64>;
-type Pages29 = Branch<Pages18, 2048>;
+type Pages12 = Bitmap<64>;
+/// A branch for the sake of the leaf's two forms.
+type Pages18 = Branch<Leaf, 1>;
+type Pages24 = Branch<Leaf, 64>;
+type Pages29 = Branch<Leaf, 2048>;
 type Pages40 = Branch<Pages29, 2048>;
 type Pages52 = Branch<Pages40, 4096>;
-/// Holds a large node, once it is needed.
-type Lazy<N> = Branch<N, 1>;
 
 /// The depth is part of the type, so that a descent is straight code without a loop. Named by the base-2 logarithm of
 /// the pages below.
-#[derive(Clone, PartialEq, Eq, Hash)]
 enum Root {
     Pages6(Bitmap<1>),
-    Pages12(Pages12),
-    Pages18(Lazy<Pages18>),
+    Pages12(Lazy<Pages12>),
+    Pages18(Pages18),
     Pages24(Lazy<Pages24>),
     Pages29(Lazy<Pages29>),
     Pages40(Lazy<Pages40>),
@@ -129,6 +129,11 @@ impl Root {
             _ => Self::Pages52(Node::uniform(initial)),
         }
     }
+
+    #[inline(never)]
+    fn get(&self, page: u64) -> bool {
+        at_root!(self, node => node.get(page))
+    }
 }
 
 /// The last page of a tree.
@@ -144,9 +149,8 @@ fn last_of<N: Node>(_: &N) -> u64 {
 /// Pages at and beyond the capacity have the initial value for ever: changing them does nothing.
 ///
 /// Two sets are equal, and have equal hashes, if they have the same capacity, the same initial value and the same
-/// pages, whatever led there. Comparing, hashing and cloning cost what is mixed. Done while a writer is at work they
-/// are as good as any other query about several pages; the clone is a proper set in any case.
-#[derive(Clone, PartialEq, Eq, Hash)]
+/// pages, whatever led there. Comparing, hashing and cloning cost two descents for each run of pages. Done while a writer
+/// is at work they are as good as any other query about several pages; the clone is a proper set in any case.
 pub struct PageSet {
     pages: u64,
     initial: bool,
@@ -171,12 +175,18 @@ impl PageSet {
 
     /// Whether `page` is in the set.
     #[must_use]
-    #[inline]
+    #[inline(always)]
     pub fn get(&self, page: u64) -> bool {
         if page >= self.pages {
             return self.initial;
         }
-        at_root!(&self.root, node => node.get(page))
+        // The depths of large memory without a call and a jump: while many look-ups wait for memory, an instruction less in
+        // each is room to begin another one.
+        match &self.root {
+            Root::Pages29(node) => node.get(page),
+            Root::Pages40(node) => node.get(page),
+            root => root.get(page),
+        }
     }
 
     /// Puts `len` pages from `start` into the set (`value` true) or takes them out of it.
@@ -188,15 +198,12 @@ impl PageSet {
             let _ = at_root!(&self.root, node => node.set_page(start, value));
             return;
         }
-        match self.inside(start, len) {
-            None => {}
-            // The pages of the tree beyond the capacity always are as the last page is, so that a set that is uniform below
-            // its capacity is uniform as a tree.
-            Some(Span { first, last }) if last + 1 == self.pages => {
-                at_root!(&self.root, node => node.set(Span { first, last: last_of(node) }, value));
-            }
-            Some(span) => at_root!(&self.root, node => node.set(span, value)),
-        }
+        let Some(Span { first, last }) = self.inside(start, len) else { return };
+        // The pages of the tree beyond the capacity always are as the last page is, so that a set that is uniform below its
+        // capacity is uniform as a tree.
+        let end = |last_of_tree| if last + 1 == self.pages { last_of_tree } else { last };
+        // A root can say everything.
+        let _ = at_root!(&self.root, node => node.set(Span { first, last: end(last_of(node)) }, value));
     }
 
     /// The value that all of `len` pages from `start` have; `None` if they differ or `len` is 0.
@@ -292,10 +299,54 @@ impl PageSet {
     }
 }
 
+impl PageSet {
+    /// The only word of a small set, which is the state of a small model: comparing it is quicker than comparing runs.
+    fn word(&self) -> Option<u64> {
+        match &self.root {
+            Root::Pages6(bitmap) => Some(bitmap.first_word()),
+            _ => None,
+        }
+    }
+
+    fn all_runs(&self) -> impl Iterator<Item = (u64, u64, bool)> {
+        self.runs(0, self.pages)
+    }
+}
+
+impl Clone for PageSet {
+    fn clone(&self) -> Self {
+        let copy = Self::with_capacity(self.pages, self.initial);
+        self.all_runs().filter(|run| run.2 != self.initial).for_each(|(start, len, value)| copy.set(start, len, value));
+        copy
+    }
+}
+
+impl PartialEq for PageSet {
+    fn eq(&self, other: &Self) -> bool {
+        let same_pages = || match (self.word(), other.word()) {
+            (Some(one), Some(other)) => one == other,
+            _ => self.all_runs().eq(other.all_runs()),
+        };
+        (self.pages, self.initial) == (other.pages, other.initial) && same_pages()
+    }
+}
+
+impl Eq for PageSet {}
+
+impl Hash for PageSet {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.pages, self.initial).hash(state);
+        match self.word() {
+            Some(word) => state.write_u64(word),
+            None => self.all_runs().filter(|run| run.2).for_each(|run| run.hash(state)),
+        }
+    }
+}
+
 impl fmt::Debug for PageSet {
     /// The pages below the capacity that are in the set, as ranges.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let runs = self.runs(0, self.pages).filter(|&(_, _, value)| value);
+        let runs = self.all_runs().filter(|&(_, _, value)| value);
         write!(f, "PageSet({:#x} pages, initially {}) ", self.pages, self.initial)?;
         f.debug_set().entries(runs.map(|(start, len, _)| start..start + len)).finish()
     }
