@@ -83,6 +83,12 @@ impl<const WORDS: usize> Bitmap<WORDS> {
     }
 }
 
+impl Bitmap<1> {
+    pub(super) fn of_word(word: u64) -> Self {
+        Self { words: [AtomicU64::new(word)], census: Census::of(1, values_of(word)) }
+    }
+}
+
 impl<const WORDS: usize> Node for Bitmap<WORDS> {
     const SHIFT: u32 = WORD_SHIFT + WORDS.trailing_zeros();
     type Dense = Self;

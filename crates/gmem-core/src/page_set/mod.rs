@@ -300,7 +300,7 @@ impl PageSet {
 }
 
 impl PageSet {
-    /// The only word of a small set, which is the state of a small model: comparing it is quicker than comparing runs.
+    /// A set of one word, as small models have in great number: that is quicker to compare and to copy than runs are.
     fn word(&self) -> Option<u64> {
         match &self.root {
             Root::Pages6(bitmap) => Some(bitmap.first_word()),
@@ -315,6 +315,9 @@ impl PageSet {
 
 impl Clone for PageSet {
     fn clone(&self) -> Self {
+        if let Some(word) = self.word() {
+            return Self { root: Root::Pages6(Bitmap::of_word(word)), ..*self };
+        }
         let copy = Self::with_capacity(self.pages, self.initial);
         self.all_runs().filter(|run| run.2 != self.initial).for_each(|(start, len, value)| copy.set(start, len, value));
         copy
