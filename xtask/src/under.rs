@@ -44,6 +44,9 @@ pub(crate) struct Gmem {
     /// The VM types that `gmem run` offers
     #[arg(long, value_name = "TYPES")]
     pub(crate) types: Option<String>,
+    /// Let `gmem run` provide VM types that the kernel has itself
+    #[arg(long)]
+    pub(crate) emulate: bool,
     /// A gmem binary; this checkout's, in release form, without
     #[arg(long, value_name = "FILE")]
     pub(crate) gmem: Option<PathBuf>,
@@ -77,7 +80,7 @@ impl Gmem {
     fn options(&self) -> Vec<OsString> {
         let options = [("--profile", &self.profile), ("--types", &self.types)];
         let given = options.into_iter().filter_map(|(name, value)| Some([name.into(), value.as_ref()?.into()]));
-        given.flatten().collect()
+        given.flatten().chain(self.emulate.then(|| "--emulate".into())).collect()
     }
 
     /// The words that go in front of a client's.

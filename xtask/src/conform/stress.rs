@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use super::Args;
 use super::left::Held;
 use crate::under::{self, Gmem};
+use crate::vm::Mode;
 
 /// Huge pages of a guest in which clients must not lose any.
 const HUGEPAGES: u32 = 64;
@@ -63,7 +64,8 @@ pub(super) fn run(args: &Args, stress: Stress, client: &Path, gmem: &Gmem) -> Re
     arguments.extend(["--client".into(), client.into(), "--under".into(), args.under.name().into()]);
     arguments.extend(["--surface".into(), args.surface.name().into()]);
     arguments.extend(gmem.arguments());
-    let mut machine = args.machine.clone();
+    // In turns, races are rare.
+    let mut machine = args.machine.in_mode(Mode::Parallel);
     machine.hugepages = machine.hugepages.max(HUGEPAGES);
     let timeout = Duration::from_secs(120) + 2 * stress.limit();
     Ok(ExitCode::from(under::myself(args.kernel, &machine, timeout, folder.path(), arguments)?))
