@@ -40,7 +40,7 @@ impl Apt {
         fs::create_dir_all(lists.join("partial"))?;
         fs::create_dir_all(cache.join("archives/partial"))?;
         let sources = folder.join("sources.list");
-        fs::write(&sources, format!("deb [signed-by={KEYRING}] {} {suite} main\n", mirror()))?;
+        fs::write(&sources, format!("deb [signed-by={KEYRING}] {} {suite} main\n", mirror()?))?;
         let options = [
             format!("Dir::Etc::SourceList={}", sources.display()),
             "Dir::Etc::SourceParts=/dev/null".to_owned(),
@@ -90,11 +90,11 @@ impl Apt {
     }
 }
 
-/// The mirror that this machine uses for Debian, or the one that always works.
-fn mirror() -> String {
+/// The mirror that this machine uses for Debian.
+fn mirror() -> Result<String> {
     let sites = sys::output(Command::new("apt-get").args(["indextargets", "--format", "$(SITE)"])).unwrap_or_default();
     let own = sites.lines().map(|site| site.trim_end_matches('/')).find(|site| site.ends_with("/debian"));
-    own.unwrap_or("http://deb.debian.org/debian").to_owned()
+    own.map(str::to_owned).ok_or_else(|| Missing("a mirror of Debian among apt's sources".to_owned()).into())
 }
 
 fn debs(folder: &Path) -> Result<Vec<PathBuf>> {

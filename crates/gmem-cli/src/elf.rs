@@ -14,8 +14,8 @@ pub(crate) enum Kind {
     Dynamic(PathBuf),
     /// By the kernel alone: no library can be put in front of it.
     Static,
-    /// A script of this interpreter.
-    Script(PathBuf),
+    /// A script of this interpreter, which gets the rest of the first line as one argument.
+    Script { interpreter: PathBuf, argument: String },
     /// For another machine, or no program.
     Foreign,
 }
@@ -49,7 +49,12 @@ fn kind_of(head: &[u8]) -> Kind {
 fn script(rest: &[u8]) -> Kind {
     let line = rest.split(|byte| *byte == b'\n').next().unwrap_or_default();
     let line = String::from_utf8_lossy(line);
-    line.split_whitespace().next().map_or(Kind::Foreign, |interpreter| Kind::Script(interpreter.into()))
+    let line = line.trim();
+    let (interpreter, argument) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+    match interpreter {
+        "" => Kind::Foreign,
+        name => Kind::Script { interpreter: name.into(), argument: argument.trim().to_owned() },
+    }
 }
 
 fn dynamic_linker(head: &[u8]) -> Option<Kind> {
@@ -75,7 +80,12 @@ mod tests {
     fn programs_are_told_apart() {
         let own = kind(Path::new("/proc/self/exe")).unwrap();
         assert!(matches!(own, Kind::Dynamic(linker) if linker.to_string_lossy().contains("ld-linux")));
-        assert_eq!(kind_of(b"#! /bin/sh -e\n"), Kind::Script("/bin/sh".into()));
+        let script = |interpreter: &str, argument: &str| Kind::Script {
+            interpreter: interpreter.into(),
+            argument: argument.to_owned(),
+        };
+        assert_eq!(kind_of(b"#! /bin/sh -e\n"), script("/bin/sh", "-e"));
+        assert_eq!(kind_of(b"#!/usr/bin/env  -S a b \nexit"), script("/usr/bin/env", "-S a b"));
         assert_eq!(kind_of(b"#!"), Kind::Foreign);
         assert_eq!(kind_of(b"\x7fELF\x02\x01\x01"), Kind::Foreign);
         assert_eq!(kind_of(b""), Kind::Foreign);

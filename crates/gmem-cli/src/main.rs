@@ -6,6 +6,7 @@ mod elf;
 mod litmus;
 mod measure;
 mod probe;
+mod program;
 mod run;
 mod sigpipe;
 mod types;
@@ -26,22 +27,17 @@ struct Arguments {
     command: Command,
 }
 
+/// Each is described where its arguments are.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show in two minutes what guest private memory is, on this machine's KVM.
     Demo(demo::Arguments),
-    /// Run a program with guest private memory.
     Run(run::Arguments),
-    /// Show what this host's kernel has, what gmem adds, and what would be native.
     Probe(probe::Arguments),
-    /// Explore every interleaving of small programs, on the production code.
     Litmus(litmus::Arguments),
-    /// Replay recorded facts of the architectures against the models.
     Check(check::Arguments),
     /// Compute the launch measurement that a verifier must expect, without the hardware.
     #[command(subcommand)]
     Measure(measure::Command),
-    /// Show what happens to a guest's memory on each architecture.
     Vendors(vendors::Arguments),
 }
 

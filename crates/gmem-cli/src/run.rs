@@ -1,11 +1,9 @@
 //! `gmem run`: a program becomes one that has guest private memory, by exec.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
@@ -16,16 +14,19 @@ use gmem_uapi::{Config, Errno};
 use rustix::fs::MemfdFlags;
 use rustix::process::{Resource, getrlimit};
 
-use crate::elf::{self, Kind};
-use crate::{sigpipe, types};
+use crate::{program, sigpipe, types};
 
 /// The library that goes in front of libc.
 static LIBRARY: &[u8] = include_bytes!(env!("GMEM_PRELOAD_LIBRARY"));
 
 /// Run a program with guest private memory.
 ///
-/// The program is exec'ed: same process, same standard streams, its own exit status and signals. Its children inherit gmem.
-/// A VM type that the host's KVM has by itself is left to it, unless --emulate is given.
+/// The program is exec'ed: same process, same standard streams, its own exit status and signals. Its children inherit gmem, but
+/// for static programs among them, which it cannot reach. A VM type that the host's KVM has by itself, with the behaviour of
+/// the profile, is left to it, unless --emulate is given.
+///
+/// Exits with the program's status, or with 2 if the command line is wrong, 125 if there is no KVM or gmem itself fails, 126 if
+/// the program cannot be executed under gmem, 127 if it is not found.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   gmem run -- ./private_mem_conversions_test
@@ -83,7 +84,7 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-fn refuse<T>(code: u8, why: impl Into<String>) -> Result<T> {
+pub(crate) fn refuse<T>(code: u8, why: impl Into<String>) -> Result<T> {
     Err(Refused { why: why.into(), code }.into())
 }
 
@@ -93,14 +94,16 @@ fn bad_usage(error: anyhow::Error) -> anyhow::Error {
 }
 
 const BAD_USAGE: u8 = 2;
-const CANNOT_EXECUTE: u8 = 126;
-const NOT_FOUND: u8 = 127;
+/// gmem's own failure: as env(1) and timeout(1) have it, so that it is none of the program's.
+const FAILED: u8 = 125;
+pub(crate) const CANNOT_EXECUTE: u8 = 126;
+pub(crate) const NOT_FOUND: u8 = 127;
 
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let [program, rest @ ..] = arguments.program.as_slice() else { return refuse(BAD_USAGE, "no program given") };
     let wanted = types::parse_mask(&arguments.types).map_err(bad_usage)?;
-    let path = find(program)?;
-    check_program(&path)?;
+    let path = program::find(program)?;
+    program::check(&path)?;
     let native = native()?;
     let profile = profile(arguments.profile.as_deref(), &native).map_err(bad_usage)?;
     let config = Config::for_host(&native, profile, wanted, arguments.emulate);
@@ -109,7 +112,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let mut command = Command::new(&path);
     command.arg0(program).args(rest);
-    exec(command, &config).with_context(|| format!("cannot execute {}", path.display()))
+    exec(command, &config).or_else(|error| refuse(CANNOT_EXECUTE, format!("{}: {error:#}", path.display())))
 }
 
 /// Becomes `command`, with the library in front of it if there is anything to provide. Returns only if that fails.
@@ -142,72 +145,16 @@ pub(crate) fn native() -> Result<Native> {
             "there is no /dev/kvm: load kvm_intel or kvm_amd, or pass the device into the container or VM"
         }
         Errno::ACCESS | Errno::PERM => "you may not open /dev/kvm: join the group that owns it (usually kvm)",
+        Errno::NOTTY | Errno::ISDIR => "/dev/kvm is something else than KVM's device: pass the real one into the container or VM",
         _ => "/dev/kvm cannot be opened",
     };
-    Native::probe().map_err(|error| anyhow::anyhow!("{} ({error})", advice(error)))
+    Native::probe().or_else(|error| refuse(FAILED, format!("{} ({error})", advice(error))))
 }
 
 fn profile(name: Option<&str>, native: &Native) -> Result<&'static Profile> {
     let Some(name) = name else { return Ok(native.profile()) };
     let known = profile::PROFILES.iter().map(|profile| profile.name).collect::<Vec<_>>().join(", ");
     profile::by_name(name).with_context(|| format!("no profile {name:?}; there are {known}"))
-}
-
-fn find(program: &OsStr) -> Result<PathBuf> {
-    let path = Path::new(program);
-    if path.components().count() > 1 || path.is_absolute() {
-        return Ok(path.to_owned());
-    }
-    let places = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&places).map(|place| place.join(program)).find(|path| is_executable(path));
-    match found {
-        Some(path) => Ok(path),
-        None => refuse(NOT_FOUND, format!("{}: not found in PATH", path.display())),
-    }
-}
-
-fn is_executable(path: &Path) -> bool {
-    path.metadata().is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
-}
-
-/// Refuses what the library could not be put in front of, before anything starts.
-pub(crate) fn check_program(path: &Path) -> Result<()> {
-    const SET_ID: u32 = 0o6000;
-    let shown = path.display();
-    let Ok(data) = path.metadata() else { return refuse(NOT_FOUND, format!("{shown}: no such file")) };
-    if !is_executable(path) {
-        return refuse(CANNOT_EXECUTE, format!("{shown}: not an executable file"));
-    }
-    if data.permissions().mode() & SET_ID != 0 && !rustix::process::geteuid().is_root() {
-        return refuse(CANNOT_EXECUTE, format!("{shown}: is set-user-ID, so no library can be put in front of it"));
-    }
-    let mut path = path.to_owned();
-    // The kernel follows at most four interpreters.
-    for _ in 0..4 {
-        match elf::kind(&path).with_context(|| format!("cannot read {}", path.display()))? {
-            Kind::Script(interpreter) => path = interpreter,
-            kind => return check_kind(&path, &kind),
-        }
-    }
-    Ok(())
-}
-
-fn check_kind(path: &Path, kind: &Kind) -> Result<()> {
-    let shown = path.display();
-    match kind {
-        Kind::Dynamic(linker) if linker.to_string_lossy().contains("musl") => {
-            refuse(CANNOT_EXECUTE, format!("{shown}: is linked with musl; gmem needs a program that uses glibc"))
-        }
-        Kind::Dynamic(_) | Kind::Script(_) => Ok(()),
-        Kind::Static => refuse(
-            CANNOT_EXECUTE,
-            format!(
-                "{shown}: is statically linked, so no library can be put in front of it; build it dynamically \
-                 (for Rust: a -gnu target and no +crt-static)"
-            ),
-        ),
-        Kind::Foreign => refuse(CANNOT_EXECUTE, format!("{shown}: is not a program for x86-64 Linux")),
-    }
 }
 
 /// Puts the library in front. It lives in a memfd, so nothing is left on any file system; the descriptor stays open over exec

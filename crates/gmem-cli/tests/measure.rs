@@ -81,11 +81,15 @@ fn image(package: &str, path: &str) -> Result<PathBuf, String> {
 
 /// Options that make apt see Debian unstable alone.
 fn lists() -> Result<Vec<String>, String> {
+    let sites = Command::new("apt-get").args(["indextargets", "--format", "$(SITE)"]).output().map(|done| done.stdout);
+    let sites = String::from_utf8_lossy(&sites.unwrap_or_default()).into_owned();
+    let mirror = sites.lines().map(|site| site.trim_end_matches('/')).find(|site| site.ends_with("/debian"));
+    let mirror = mirror.ok_or("a mirror of Debian among apt's sources")?;
     let folder = scratch().join("apt");
     fs::create_dir_all(folder.join("lists/partial")).unwrap();
     fs::create_dir_all(folder.join("cache/archives/partial")).unwrap();
     let sources = folder.join("sources.list");
-    fs::write(&sources, format!("deb [signed-by={KEYRING}] http://deb.debian.org/debian sid main\n")).unwrap();
+    fs::write(&sources, format!("deb [signed-by={KEYRING}] {mirror} sid main\n")).unwrap();
     let options: Vec<String> = [
         format!("Dir::Etc::SourceList={}", sources.display()),
         "Dir::Etc::SourceParts=/dev/null".to_owned(),
@@ -99,7 +103,7 @@ fn lists() -> Result<Vec<String>, String> {
     .collect();
     match succeeds(Command::new("apt-get").args(&options).args(["-qq", "update"])) {
         true => Ok(options),
-        false => Err(format!("apt with Debian's package lists (deb.debian.org, {KEYRING})")),
+        false => Err(format!("apt with Debian's package lists (a network, {KEYRING})")),
     }
 }
 

@@ -30,9 +30,12 @@ impl Native {
     /// Asks `/dev/kvm`.
     ///
     /// # Errors
-    /// Why it cannot be opened: ENOENT, EACCES, ENODEV.
+    /// Why it cannot be opened: ENOENT, EACCES, ENODEV. ENOTTY: it is not KVM's device.
     pub fn probe() -> Result<Self, Errno> {
         let kvm = open()?;
+        if !gmem_host::kvm::is_kvm_device(kvm.as_fd()) {
+            return Err(Errno::NOTTY);
+        }
         let check = |capability| gmem_host::kvm::check_extension(kvm.as_fd(), capability);
         let mask = |capability| u32::try_from(check(capability)).unwrap_or(0);
         Ok(Self {

@@ -31,18 +31,48 @@ pub(crate) struct VcpuObject {
     mapping: RunMapping,
     vm: Arc<VmObject>,
     /// A write that the host's KVM has taken out of the guest and that has not reached memory.
-    pending: Mutex<Option<PendingWrite>>,
-    has_pending: AtomicBool,
+    pending: Rare<PendingWrite>,
     /// What the client was last given to emulate, and no other exit has come since.
-    emulating: Mutex<Emulating>,
+    emulating: Rare<Emulating>,
     host_prefaults: bool,
+}
+
+/// What is mostly not there: to see that costs one load, and no lock, at every exit of a vCPU.
+#[derive(Debug)]
+struct Rare<T> {
+    exists: AtomicBool,
+    value: Mutex<Option<T>>,
+}
+
+impl<T> Default for Rare<T> {
+    fn default() -> Self {
+        Self { exists: AtomicBool::new(false), value: Mutex::new(None) }
+    }
+}
+
+impl<T> Rare<T> {
+    /// Whether it is there. One thread at a time runs a vCPU, so that none misses what it has set itself.
+    fn exists(&self) -> bool {
+        self.exists.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, value: T) {
+        *lock(&self.value) = Some(value);
+        self.exists.store(true, Ordering::Relaxed);
+    }
+
+    fn clear(&self) {
+        if self.exists() {
+            *lock(&self.value) = None;
+            self.exists.store(false, Ordering::Relaxed);
+        }
+    }
 }
 
 /// An access that the client emulates as a device's. KVM finishes its instruction when the vCPU runs again: what that still has
 /// to access its emulator takes for a device's, too, where there is nothing to access.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Emulating {
-    Nothing,
     Read,
     /// A write up to this address, and where the vCPU stood then if that is the end of a page, over which it may go on.
     Write(u64, Option<Progress>),
@@ -65,9 +95,7 @@ impl VcpuObject {
     ) -> Result<Self, Errno> {
         let fd = kvm::hidden_copy(fd)?;
         let mapping = RunMapping::new(kvm, fd.as_fd())?;
-        let (pending, has_pending) = (Mutex::new(None), AtomicBool::new(false));
-        let emulating = Mutex::new(Emulating::Nothing);
-        Ok(Self { fd, mapping, vm, pending, has_pending, emulating, host_prefaults })
+        Ok(Self { fd, mapping, vm, pending: Rare::default(), emulating: Rare::default(), host_prefaults })
     }
 
     pub(crate) fn vm(&self) -> &VmObject {
@@ -80,7 +108,7 @@ impl VcpuObject {
 
     /// `KVM_RUN`.
     pub(crate) fn run(&self) -> Result<i32, Errno> {
-        if self.has_pending.load(Ordering::Relaxed)
+        if self.pending.exists()
             && let Some(result) = self.continue_pending()
         {
             return result;
@@ -107,7 +135,7 @@ impl VcpuObject {
         if let Some(mmio) = run.mmio() {
             return self.after_mmio(value, &mmio);
         }
-        *lock(&self.emulating) = Emulating::Nothing;
+        self.emulating.clear();
         if run.is_emulation_failure() && self.has_private_memory() {
             return self.after_failed_emulation(value);
         }
@@ -128,11 +156,11 @@ impl VcpuObject {
     }
 
     fn after_mmio(&self, value: i32, mmio: &Mmio) -> Next {
-        let device = self.is_device(mmio.access());
-        *lock(&self.emulating) = if device { self.emulated(mmio) } else { Emulating::Nothing };
-        if device {
+        if self.is_device(mmio.access()) {
+            self.emulating.set(self.emulated(mmio));
             return Next::Return(Ok(value));
         }
+        self.emulating.clear();
         let taken = if mmio.is_write { self.take_write() } else { self.take_read() };
         match taken {
             Err(error) => Next::Return(Err(error)),
@@ -165,12 +193,12 @@ impl VcpuObject {
             // Such an access faults, over a guard. KVM takes the frame for a device only in the middle of an instruction that
             // the client emulates anyway, or in the moment before the guard was there; and every write to a read-only slot,
             // which it does not look for the page of.
-            View::Unbacked(_) => match *lock(&self.emulating) {
-                Emulating::Nothing => false,
-                Emulating::Write(end, before) if read_only() => {
+            View::Unbacked(_) => match *lock(&self.emulating.value) {
+                None => false,
+                Some(Emulating::Write(end, before)) if read_only() => {
                     end == access.gpa && before.is_some() && before == vcpu::progress(self.fd.as_fd()).ok()
                 }
-                Emulating::Read | Emulating::Write(..) => true,
+                Some(Emulating::Read | Emulating::Write(..)) => true,
             },
         }
     }
@@ -190,19 +218,18 @@ impl VcpuObject {
 
     fn take_write(&self) -> Result<(), Errno> {
         let write = vcpu::collect_write(self.fd.as_fd(), self.run_area())?;
-        *lock(&self.pending) = Some(write);
-        self.has_pending.store(true, Ordering::Relaxed);
+        self.pending.set(write);
         Ok(())
     }
 
     /// Carries out what is pending. `None`: all is written, the guest can run; otherwise what the client gets.
     fn continue_pending(&self) -> Option<Result<i32, Errno>> {
-        let mut pending = lock(&self.pending);
+        let mut pending = lock(&self.pending.value);
         let write = pending.as_mut()?;
         for _ in 0..MOST_RETRIES {
             let Some(access) = write.carry_out(|gpa, bytes| self.write_guest(gpa, bytes)) else {
-                *pending = None;
-                self.has_pending.store(false, Ordering::Relaxed);
+                drop(pending);
+                self.pending.clear();
                 return None;
             };
             let gfn = Gfn::of_gpa(access.gpa);
@@ -223,12 +250,10 @@ impl VcpuObject {
 
     /// The client gave the vCPU other registers.
     pub(crate) fn forget_pending(&self) {
-        if !self.has_pending.load(Ordering::Relaxed) {
-            return;
+        if self.pending.exists() {
+            let _signals = SignalsBlocked::new();
+            self.pending.clear();
         }
-        let _signals = SignalsBlocked::new();
-        *lock(&self.pending) = None;
-        self.has_pending.store(false, Ordering::Relaxed);
     }
 
     fn write_guest(&self, gpa: u64, bytes: &[u8]) -> bool {

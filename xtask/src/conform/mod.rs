@@ -324,12 +324,18 @@ fn leave_out(case: &Case, chunk: usize, differ: &mut dyn FnMut(&[Case]) -> Resul
         .map_or_else(|| case.clone(), |(smaller, _)| smaller))
 }
 
+/// A message says how far it is after so many sequences.
+const PROGRESS: usize = 25;
+
 /// In a guest: runs all cases of a folder, and leaves a transcript for each beside them.
 fn here(args: &Args, folder: &Path, client: &Path) -> Result<ExitCode> {
     let cases: Vec<Case> = serde_json::from_str(&fs::read_to_string(folder.join("cases"))?)?;
     let work = tempfile::tempdir()?;
     let (output, errors) = (work.path().join("output"), work.path().join("errors"));
     for (number, case) in cases.iter().enumerate() {
+        if number > 0 && number.is_multiple_of(PROGRESS) {
+            eprintln!("xtask: {}: {number} of {}", args.under.name(), cases.len());
+        }
         let mut words = args.gmem.prefix(args.under);
         words.extend(case.command(client, args.surface).into_iter().map(OsString::from));
         let ran =

@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use gmem_uapi::Config;
 
-use crate::{run, types};
+use crate::{program, run, types};
 use machine::Machine;
 use map::Paint;
 
@@ -64,7 +64,7 @@ fn core_tour(arguments: &Arguments, why: &str) -> Result<ExitCode> {
 fn become_client(arguments: &Arguments, native: &gmem_uapi::native::Native) -> Result<ExitCode> {
     let config = Config::for_host(native, native.profile(), types::parse_mask("default,sw-protected")?, false);
     let path = std::env::current_exe().context("cannot find this program")?;
-    run::check_program(&path)?;
+    program::check(&path)?;
     let mut command = Command::new(&path);
     command.args(["demo", "--client", &provider(native, &config)]);
     command.args(arguments.plain.then_some("--plain")).args(arguments.json.then_some("--json"));
