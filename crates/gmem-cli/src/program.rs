@@ -76,7 +76,9 @@ fn check_file(path: &Path) -> Result<()> {
     let shown = path.display();
     let data = match path.metadata() {
         Ok(data) => data,
-        Err(error) if error.kind() == ErrorKind::NotFound => return refuse(NOT_FOUND, format!("{shown}: no such file")),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            return refuse(NOT_FOUND, format!("{shown}: no such file"));
+        }
         Err(error) => return refuse(CANNOT_EXECUTE, format!("{shown}: {error}")),
     };
     if data.is_dir() {

@@ -145,7 +145,9 @@ pub(crate) fn native() -> Result<Native> {
             "there is no /dev/kvm: load kvm_intel or kvm_amd, or pass the device into the container or VM"
         }
         Errno::ACCESS | Errno::PERM => "you may not open /dev/kvm: join the group that owns it (usually kvm)",
-        Errno::NOTTY | Errno::ISDIR => "/dev/kvm is something else than KVM's device: pass the real one into the container or VM",
+        Errno::NOTTY | Errno::ISDIR => {
+            "/dev/kvm is something else than KVM's device: pass the real one into the container or VM"
+        }
         _ => "/dev/kvm cannot be opened",
     };
     Native::probe().or_else(|error| refuse(FAILED, format!("{} ({error})", advice(error))))

@@ -15,7 +15,11 @@ pub(crate) fn parse_mask(text: &str) -> Result<u32> {
         match number {
             Some(number) if gmem_uapi::Config::TYPES & 1 << number != 0 => mask |= 1 << number,
             Some(number) => {
-                bail!("--types: gmem run does not provide VM type {} yet; there are {}", NAMES[number as usize], provided())
+                bail!(
+                    "--types: gmem run does not provide VM type {} yet; there are {}",
+                    NAMES[number as usize],
+                    provided()
+                )
             }
             None if name.is_empty() => bail!("--types: a name is missing; there are {}", provided()),
             None => bail!("--types: no VM type {name:?}; there are {}", provided()),
@@ -37,7 +41,8 @@ mod tests {
     #[test]
     fn types_have_names_and_numbers() {
         assert_eq!(parse_mask("sw-protected,0").unwrap(), 0b11);
-        for (wrong, word) in [("tdy", "tdy"), ("tdx", "yet"), ("", "missing"), ("default,", "missing"), ("6", "\"6\"")] {
+        for (wrong, word) in [("tdy", "tdy"), ("tdx", "yet"), ("", "missing"), ("default,", "missing"), ("6", "\"6\"")]
+        {
             let error = parse_mask(wrong).unwrap_err().to_string();
             assert!(error.contains(word) && error.ends_with("there are default, sw-protected"), "{error}");
         }

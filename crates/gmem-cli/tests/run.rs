@@ -43,6 +43,8 @@ fn client() {
         Ok("closing") => parts::closes_everything(),
         Ok("fork") => parts::forks(),
         Ok("pointers") => parts::bad_pointers(),
+        Ok("interrupt") => parts::a_long_call_ends_at_a_signal(),
+        Ok("limits") => parts::limits_leave_nothing_behind(),
         _ => {}
     }
 }
@@ -70,6 +72,16 @@ fn a_child_of_fork_has_its_own_descriptors_and_not_its_parents_vm() {
 #[test]
 fn bad_pointers_are_errors() {
     under_gmem("pointers");
+}
+
+#[test]
+fn a_signal_ends_an_allocation() {
+    under_gmem("interrupt");
+}
+
+#[test]
+fn what_fails_at_a_limit_can_be_tried_again() {
+    under_gmem("limits");
 }
 
 fn text(output: &Output) -> String {
@@ -273,6 +285,59 @@ mod parts {
         set_private(vm).expect("the parent's VM is as it was");
         // SAFETY: the parent's descriptor is still a guest_memfd.
         assert_eq!(unsafe { libc::fallocate(file, 3, 0, 4096) }, 0);
+    }
+
+    /// Allocating this much takes longer than it takes for a signal to come.
+    pub(super) fn a_long_call_ends_at_a_signal() {
+        extern "C" fn nothing(_: c_int) {}
+        const LONG: u64 = 1 << 30;
+        let claim = [LONG, 0, 0, 0, 0, 0, 0, 0];
+        let file = ioctl(protected_vm(), KVM_CREATE_GUEST_MEMFD, claim.as_ptr().addr()).expect("a file");
+        let done = std::sync::atomic::AtomicBool::new(false);
+        // SAFETY: a handler that does nothing, this thread, which waits for the other one, and a descriptor of this function's.
+        unsafe {
+            assert_ne!(libc::signal(libc::SIGALRM, nothing as *const () as usize), libc::SIG_ERR);
+            let this = libc::pthread_self();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        std::thread::sleep(std::time::Duration::from_millis(1));
+                        libc::pthread_kill(this, libc::SIGALRM);
+                    }
+                });
+                let ended = (libc::fallocate(file, 1, 0, LONG.cast_signed()), errno());
+                done.store(true, std::sync::atomic::Ordering::Relaxed);
+                assert_eq!(ended, (-1, libc::EINTR));
+            });
+            assert_eq!(libc::fallocate(file, 3, 0, LONG.cast_signed()), 0, "what was allocated can go");
+        }
+    }
+
+    /// At the limit of open files, and at that of a file's size, whose signal would end the client.
+    pub(super) fn limits_leave_nothing_behind() {
+        const KVM_CREATE_VCPU: c_ulong = 0xae41;
+        let vm = protected_vm();
+        // SAFETY: limits of this process, and descriptors of this function's.
+        unsafe {
+            let small = libc::rlimit { rlim_cur: 4096, rlim_max: libc::RLIM_INFINITY };
+            assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &raw const small), 0);
+            assert_eq!(create_file(vm), Err(libc::EFBIG));
+            let few = libc::rlimit { rlim_cur: 64, rlim_max: 64 };
+            assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const few), 0);
+            let mut all = Vec::new();
+            loop {
+                match libc::dup(vm) {
+                    -1 => break,
+                    fd => all.push(fd),
+                }
+            }
+            for _ in 0..2 {
+                assert_eq!(ioctl(vm, KVM_CREATE_VCPU, 0), Err(libc::EMFILE));
+            }
+            // One for the client, one for gmem.
+            all.drain(..2).for_each(|fd| assert_eq!(libc::close(fd), 0));
+        }
+        ioctl(vm, KVM_CREATE_VCPU, 0).expect("the vCPU that could not be made before");
     }
 
     pub(super) fn bad_pointers() {

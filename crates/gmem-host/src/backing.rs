@@ -26,7 +26,7 @@ impl Backing {
     /// EMFILE, ENFILE, ENOMEM; EFBIG beyond the process's file size limit.
     pub fn new(size: u64) -> Result<Self, Errno> {
         let fd = fds::hide(rustix::fs::memfd_create("gmem", MemfdFlags::CLOEXEC)?)?;
-        rustix::fs::ftruncate(&fd, size)?;
+        fds::set_size(&fd, size)?;
         Ok(Self { fd, size })
     }
 

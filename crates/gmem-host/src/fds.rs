@@ -1,6 +1,6 @@
 //! Descriptors that a client does not notice.
 
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{MemfdFlags, Mode, SealFlags};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
@@ -12,20 +12,39 @@ use rustix::process::{Resource, getrlimit};
 /// EMFILE if the process has no number left; the original is closed in any case.
 #[expect(clippy::needless_pass_by_value, reason = "the original must not stay open")]
 pub fn hide(fd: OwnedFd) -> Result<OwnedFd, Errno> {
+    hidden_copy(fd.as_fd())
+}
+
+/// A second descriptor for `fd`, out of the way likewise.
+///
+/// # Errors
+/// EMFILE.
+pub fn hidden_copy(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::from(u16::MAX));
     let limit = i32::try_from(limit.min(1 << 16)).unwrap_or(1 << 16);
     let high = (limit - limit / 8).max(3);
-    rustix::io::fcntl_dupfd_cloexec(fd.as_fd(), high).or_else(|_| rustix::io::fcntl_dupfd_cloexec(fd.as_fd(), 3))
+    rustix::io::fcntl_dupfd_cloexec(fd, high).or_else(|_| rustix::io::fcntl_dupfd_cloexec(fd, 3))
+}
+
+/// Gives a new file its size.
+///
+/// # Errors
+/// EFBIG beyond the process's file size limit, which the kernel would also send SIGXFSZ for; no guest_memfd has such a limit.
+pub(crate) fn set_size(fd: &OwnedFd, size: u64) -> Result<(), Errno> {
+    if getrlimit(Resource::Fsize).current.is_some_and(|limit| size > limit) {
+        return Err(Errno::FBIG);
+    }
+    rustix::fs::ftruncate(fd, size)
 }
 
 /// The descriptor that a client gets for a guest_memfd: it has the right size and no content, and nothing can be done with
 /// it that would give it any. Not close-on-exec, as the kernel's is not.
 ///
 /// # Errors
-/// EMFILE, ENFILE, ENOMEM.
+/// EMFILE, ENFILE, ENOMEM; EFBIG beyond the process's file size limit.
 pub fn placeholder(size: u64) -> Result<OwnedFd, Errno> {
     let fd = rustix::fs::memfd_create("kvm-gmem", MemfdFlags::ALLOW_SEALING)?;
-    rustix::fs::ftruncate(&fd, size)?;
+    set_size(&fd, size)?;
     rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
     let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
     rustix::fs::fcntl_add_seals(&fd, seals)?;

@@ -5,7 +5,7 @@
 
 use core::ptr::NonNull;
 
-use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use rustix::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -111,14 +111,21 @@ unsafe impl Send for RunMapping {}
 unsafe impl Sync for RunMapping {}
 
 impl RunMapping {
-    /// Maps the shared pages of `vcpu`.
+    /// Bytes that the shared pages of a vCPU have.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn len_of(kvm: BorrowedFd<'_>) -> Result<usize, Errno> {
+        // SAFETY: the call takes no argument.
+        let len = unsafe { sys::ioctl(kvm, GET_VCPU_MMAP_SIZE, 0) }?;
+        usize::try_from(len).map_err(|_| Errno::INVAL)
+    }
+
+    /// Maps the shared pages of `vcpu`, `len` bytes.
     ///
     /// # Errors
     /// ENOMEM.
-    pub fn new(kvm: BorrowedFd<'_>, vcpu: BorrowedFd<'_>) -> Result<Self, Errno> {
-        // SAFETY: the call takes no argument.
-        let len = unsafe { sys::ioctl(kvm, GET_VCPU_MMAP_SIZE, 0) }?;
-        let len = usize::try_from(len).map_err(|_| Errno::INVAL)?;
+    pub fn new(len: usize, vcpu: BorrowedFd<'_>) -> Result<Self, Errno> {
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
         let base = unsafe { rustix::mm::mmap(core::ptr::null_mut(), len, prot, MapFlags::SHARED, vcpu, 0) }?;
@@ -165,10 +172,19 @@ pub fn with_client_fd<T>(fd: i32, then: impl FnOnce(BorrowedFd<'_>) -> Result<T,
     then(borrowed)
 }
 
-/// Whether a number names an open descriptor.
+/// Whether a number names an open file. A descriptor of O_PATH is none to the kernel, too (`fget`).
 #[must_use]
 pub fn is_open(fd: i32) -> bool {
-    with_client_fd(fd, |fd| rustix::io::fcntl_getfd(fd).map(|_| ())).is_ok()
+    let flags = with_client_fd(fd, |fd| rustix::fs::fcntl_getfl(fd));
+    flags.is_ok_and(|flags| !flags.contains(rustix::fs::OFlags::PATH))
+}
+
+/// Makes the times of a client's file those of now, as a change of its content does.
+pub fn touch(fd: i32) {
+    use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
+    let [now, omit] = [UTIME_NOW, UTIME_OMIT].map(|tv_nsec| Timespec { tv_sec: 0, tv_nsec });
+    let times = Timestamps { last_access: omit, last_modification: now };
+    let _ = with_client_fd(fd, |fd| rustix::fs::futimens(fd, &times));
 }
 
 /// Gives a descriptor away to the client.
@@ -178,10 +194,10 @@ pub fn into_client(fd: OwnedFd) -> i32 {
     fd.into_raw_fd()
 }
 
-/// A second descriptor for `fd`, out of the way of the client's numbering.
+/// Makes a copy that was taken of something else one of `fd`, for which no new number is needed.
 ///
 /// # Errors
-/// EMFILE.
-pub fn hidden_copy(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
-    crate::fds::hide(rustix::io::fcntl_dupfd_cloexec(fd.as_fd(), fd.as_raw_fd())?)
+/// None is expected; passed on if there is one.
+pub fn copy_onto(fd: BorrowedFd<'_>, copy: &mut OwnedFd) -> Result<(), Errno> {
+    rustix::io::dup3(fd, copy, rustix::io::DupFlags::CLOEXEC)
 }

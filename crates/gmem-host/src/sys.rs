@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use crate::address_space;
 
+const SYS_RT_SIGACTION: usize = 13;
 const SYS_RT_SIGPROCMASK: usize = 14;
 const SYS_IOCTL: usize = 16;
 const SYS_RT_SIGPENDING: usize = 127;
@@ -81,7 +82,8 @@ impl SignalsBlocked {
         let mut pending = 0u64;
         // SAFETY: the kernel writes `pending`, which has the size given.
         let known = unsafe { syscall6(SYS_RT_SIGPENDING, [(&raw mut pending).addr(), size_of::<u64>(), 0, 0, 0, 0]) };
-        known.is_ok() && pending & !self.before != 0
+        let wanted = if known.is_ok() { pending & !self.before } else { 0 };
+        (1..=64).filter(|signal| wanted & 1 << (signal - 1) != 0).any(is_taken)
     }
 }
 
@@ -95,6 +97,26 @@ impl Drop for SignalsBlocked {
     fn drop(&mut self) {
         set_signal_mask(self.before);
     }
+}
+
+/// Whether a signal does something when it is taken. While it is blocked, the kernel keeps it also if it does not.
+fn is_taken(signal: u64) -> bool {
+    const SIG_DFL: u64 = 0;
+    const SIG_IGN: u64 = 1;
+    /// CHLD, CONT, URG, WINCH.
+    const IGNORED_BY_DEFAULT: [u64; 4] = [17, 18, 23, 28];
+    // `struct sigaction` of the kernel: the handler, flags, restorer and mask.
+    let mut action = [0u64; 4];
+    let number = usize::try_from(signal).unwrap_or(0);
+    let args = [number, 0, (&raw mut action).addr(), size_of::<u64>(), 0, 0];
+    // SAFETY: the kernel writes `action`, which has the size of its structure, and changes nothing.
+    let known = unsafe { syscall6(SYS_RT_SIGACTION, args) };
+    let ignored = match action[0] {
+        SIG_IGN => true,
+        SIG_DFL => IGNORED_BY_DEFAULT.contains(&signal),
+        _ => false,
+    };
+    known.is_err() || !ignored
 }
 
 /// Sets the mask and returns the old one.

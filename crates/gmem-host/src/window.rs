@@ -115,6 +115,16 @@ impl Window {
         areas.find(|area| area.start <= address && address < area.end).is_some_and(|area| area.allows(write))
     }
 
+    /// Where the client's mapping at `address` ends, if that can be read.
+    #[must_use]
+    pub fn client_end(&self, address: usize) -> Option<usize> {
+        let mut areas = self.client.iter().map(|source| source.area);
+        areas
+            .find(|area| area.start <= address && address < area.end)
+            .filter(|area| area.allows(false))
+            .map(|area| area.end)
+    }
+
     /// Where a frame of the window lies, and what is shown there.
     #[must_use]
     pub fn at(&self, gfn: Gfn) -> Option<(usize, Shows)> {

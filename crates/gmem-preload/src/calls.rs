@@ -150,10 +150,9 @@ export! {
     fn mremap(address: usize, old: size_t, new: size_t, flags: c_int, target: usize) -> usize {
         let base = real::mremap(address, old, new, flags, target);
         if base != usize::MAX {
-            tell(|process| {
-                process.mapping_changed(address, old);
-                process.mapping_changed(base, new);
-            });
+            // An old length of 0 makes a second mapping of the same.
+            let keeps = old == 0 || flags & libc::MREMAP_DONTUNMAP != 0;
+            tell(|process| process.mapping_moved((address, old), (base, new), keeps));
         }
         base
     }
@@ -267,8 +266,36 @@ export! {
         file_call_int(fd, FileCall::ChangeInode, || real::fchmod(fd, mode))
     }
 
+    fn fchown(fd: c_int, owner: c_uint, group: c_uint) -> c_int {
+        file_call_int(fd, FileCall::ChangeInode, || real::fchown(fd, owner, group))
+    }
+
     fn futimens(fd: c_int, times: *const c_void) -> c_int {
         file_call_int(fd, FileCall::ChangeInode, || real::futimens(fd, times))
+    }
+
+    fn utimensat(dir: c_int, path: *const c_char, times: *const c_void, flags: c_int) -> c_int {
+        if path.is_null() {
+            return file_call_int(dir, FileCall::ChangeInode, || real::utimensat(dir, path, times, flags));
+        }
+        real::utimensat(dir, path, times, flags)
+    }
+
+    fn posix_fallocate(fd: c_int, offset: off_t, len: off_t) -> c_int {
+        posix_fallocate64(fd, offset, len)
+    }
+
+    fn posix_fallocate64(fd: c_int, offset: off_t, len: off_t) -> c_int {
+        if !is_file(fd) {
+            return real::posix_fallocate64(fd, offset, len);
+        }
+        // It returns the error instead of setting errno. Where a file cannot be allocated it writes to each block, which this
+        // file refuses as well.
+        match offset.checked_add(len) {
+            _ if offset < 0 || len <= 0 => libc::EINVAL,
+            None => libc::EFBIG,
+            Some(_) => libc::ESPIPE,
+        }
     }
 
     fn sendfile(to: c_int, from: c_int, offset: *mut c_void, count: size_t) -> ssize_t {

@@ -72,7 +72,10 @@ real! {
     fsync(fd: c_int) -> c_int;
     fdatasync(fd: c_int) -> c_int;
     fchmod(fd: c_int, mode: mode_t) -> c_int;
+    fchown(fd: c_int, owner: c_uint, group: c_uint) -> c_int;
     futimens(fd: c_int, times: *const c_void) -> c_int;
+    utimensat(dir: c_int, path: *const c_char, times: *const c_void, flags: c_int) -> c_int;
+    posix_fallocate64(fd: c_int, offset: off_t, len: off_t) -> c_int;
     sendfile64(to: c_int, from: c_int, offset: *mut c_void, count: size_t) -> ssize_t;
     splice(from: c_int, from_offset: *mut c_void, to: c_int, to_offset: *mut c_void, len: size_t, flags: c_uint) -> ssize_t;
     copy_file_range(from: c_int, from_offset: *mut c_void, to: c_int, to_offset: *mut c_void, len: size_t, flags: c_uint) -> ssize_t;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use gmem_core::file::{FileFlags, FileId};
 use gmem_core::vendor::Side;
 use gmem_host::backing::Backing;
+use gmem_host::sys::SignalsBlocked;
 use rustix::io::Errno;
 
 use crate::vm::VmObject;
@@ -67,11 +68,12 @@ const SEEK_MAX: i32 = 4;
 const KEEP_SIZE: i32 = 1;
 const PUNCH_HOLE: i32 = 2;
 /// Modes that the VFS knows and lets through to a file system.
-const VFS_MODES: [i32; 8] = [0, KEEP_SIZE, KEEP_SIZE | PUNCH_HOLE, 0x08, 0x10, 0x10 | KEEP_SIZE, 0x20, 0x40];
+const VFS_MODES: [i32; 9] =
+    [0, KEEP_SIZE, KEEP_SIZE | PUNCH_HOLE, 0x08, 0x10, 0x10 | KEEP_SIZE, 0x20, 0x40, 0x40 | KEEP_SIZE];
 
 impl FileObject {
     /// Carries a call out, with the kernel's answer.
-    pub(crate) fn call(&self, call: FileCall) -> Result<i64, Errno> {
+    pub(crate) fn call(&self, call: FileCall, signals: &SignalsBlocked) -> Result<i64, Errno> {
         match call {
             // The file has neither read nor write, cannot be resized or synced, and has no position.
             FileCall::ReadWrite | FileCall::ChangeInode | FileCall::Sync | FileCall::Splice | FileCall::Seals => {
@@ -83,12 +85,12 @@ impl FileObject {
             FileCall::CopyRange { same_kind: true, .. } => Err(Errno::INVAL),
             // Another file system.
             FileCall::CopyRange { same_kind: false, .. } => Err(Errno::XDEV),
-            FileCall::Fallocate { mode, offset, len } => self.fallocate(mode, offset, len).map(|()| 0),
+            FileCall::Fallocate { mode, offset, len } => self.fallocate(mode, offset, len, signals).map(|()| 0),
         }
     }
 
     /// `vfs_fallocate()`, then `kvm_gmem_fallocate()`.
-    fn fallocate(&self, mode: i32, offset: i64, len: i64) -> Result<(), Errno> {
+    fn fallocate(&self, mode: i32, offset: i64, len: i64, signals: &SignalsBlocked) -> Result<(), Errno> {
         let (start, size) = match (u64::try_from(offset), u64::try_from(len)) {
             (Ok(start), Ok(size)) if size > 0 => (start, size),
             _ => return Err(Errno::INVAL),
@@ -98,7 +100,7 @@ impl FileObject {
         }
         offset.checked_add(len).ok_or(Errno::FBIG)?;
         match mode {
-            KEEP_SIZE => self.vm.allocate(self.id, start, size),
+            KEEP_SIZE => self.vm.allocate(self.id, start, size, signals),
             mode if mode == KEEP_SIZE | PUNCH_HOLE => self.vm.punch(self.id, start, size),
             _ => Err(Errno::OPNOTSUPP),
         }
@@ -108,8 +110,10 @@ impl FileObject {
     pub(crate) fn map(&self, map: Map) -> Result<usize, Errno> {
         const MAP_TYPE: u32 = 0x0f;
         const MAP_PRIVATE: u32 = 0x02;
+        const MAP_SHARED_VALIDATE: u32 = 0x03;
         // mmap's own checks come before the file's.
-        if map.len == 0 || !map.offset.is_multiple_of(gmem_core::addr::PAGE_SIZE) {
+        let known = (1..=MAP_SHARED_VALIDATE).contains(&(map.flags & MAP_TYPE));
+        if map.len == 0 || !map.offset.is_multiple_of(gmem_core::addr::PAGE_SIZE) || !known {
             return Err(Errno::INVAL);
         }
         if !self.flags.contains(FileFlags::MMAP) {

@@ -8,6 +8,7 @@ use gmem_core::file::FileFlags;
 use gmem_core::ops::{Claim, FileClaim};
 use gmem_core::slot::SlotFlags;
 use gmem_host::client::ClientMemory;
+use gmem_host::kvm::RunMapping;
 use gmem_host::sys::{Argument, SignalsBlocked};
 use gmem_host::{address_space, fds, kvm};
 use rustix::fd::AsFd;
@@ -20,7 +21,7 @@ use crate::memfd::{FileCall, FileObject, Map};
 use crate::native::Native;
 use crate::profile::Profile;
 use crate::vcpu::VcpuObject;
-use crate::vm::{VmObject, lock};
+use crate::vm::{Kind, VmObject, lock};
 
 /// Which kernel to be, and for which VM types.
 #[derive(Clone, Copy, Debug)]
@@ -144,7 +145,9 @@ impl Process {
     /// `ioctl`.
     pub fn ioctl(&self, fd: i32, request: u32, arg: Argument) -> Answer<i32> {
         if !abi::is_kvm(request) {
-            return self.file(fd).map_or(Answer::Pass, |_| Answer::Done(Err(Errno::NOTTY)));
+            // What the VFS answers for every file it answers for the one that stands for a guest_memfd.
+            let refused = !abi::VFS_IOCTLS.contains(&request) && self.file(fd).is_some();
+            return if refused { Answer::Done(Err(Errno::NOTTY)) } else { Answer::Pass };
         }
         let entry = self.entry(fd);
         if let (Some(Entry::Vcpu(vcpu)), abi::RUN, 0) = (&entry, request, arg.value()) {
@@ -196,8 +199,10 @@ impl Process {
     }
 
     fn create_emulated_vm(&self, kvm: i32, vm_type: u32) -> Result<i32, Errno> {
+        let run_len = kvm::with_client_fd(kvm, RunMapping::len_of)?;
         let fd = kvm::with_client_fd(kvm, |kvm| kvm::create_vm(kvm, 0))?;
-        let vm = Arc::new(VmObject::new(fd.as_fd(), vm_type, self.config.profile, Arc::clone(&self.client))?);
+        let kind = Kind { vm_type, profile: self.config.profile, run_len };
+        let vm = Arc::new(VmObject::new(fd.as_fd(), kind, Arc::clone(&self.client))?);
         let mut vms = lock(&self.vms);
         vms.retain(|vm| vm.strong_count() > 0);
         vms.push(Arc::downgrade(&vm));
@@ -230,9 +235,11 @@ impl Process {
 
     fn create_vcpu(&self, vm: &Arc<VmObject>, id: usize) -> Result<i32, Errno> {
         vm.expect_vcpu();
+        // All that can run out first: a vCPU that exists cannot be taken back.
+        let mut copy = fds::hidden_copy(vm.fd())?;
         let fd = kvm::create_vcpu(vm.fd(), id)?;
-        let kvm = crate::native::open()?;
-        let vcpu = VcpuObject::new(kvm.as_fd(), fd.as_fd(), Arc::clone(vm), self.native.prefault)?;
+        kvm::copy_onto(fd.as_fd(), &mut copy)?;
+        let vcpu = VcpuObject::new(copy, Arc::clone(vm), self.native.prefault)?;
         let fd = kvm::into_client(fd);
         self.replace(fd, Some(Entry::Vcpu(Arc::new(vcpu))));
         Ok(fd)
@@ -280,8 +287,12 @@ impl Process {
     /// A system call on a descriptor that may be a guest_memfd.
     pub fn file_call(&self, fd: i32, call: FileCall) -> Answer<i64> {
         let Some(file) = self.file(fd) else { return Answer::Pass };
-        let _signals = SignalsBlocked::new();
-        Answer::Done(file.call(call))
+        let signals = SignalsBlocked::new();
+        let result = file.call(call, &signals);
+        if let (Ok(_), FileCall::Fallocate { .. }) = (result, call) {
+            kvm::touch(fd);
+        }
+        Answer::Done(result)
     }
 
     /// `mmap` of a descriptor that may be a guest_memfd.
@@ -289,13 +300,17 @@ impl Process {
         let Some(file) = self.file(fd) else { return Answer::Pass };
         let base = file.map(Map { address, len, prot, flags, offset });
         if let Ok(base) = base {
-            let end = base.saturating_add(len.next_multiple_of(4096));
-            self.mapping_changed(base, end - base);
-            let mut mappings = lock(&self.mappings);
-            mappings.insert(base, (end, file));
-            self.mapping_count.store(mappings.len(), Ordering::Relaxed);
+            let len = len.next_multiple_of(4096);
+            self.mapping_changed(base, len);
+            self.maps(base, len, file);
         }
         Answer::Done(base)
+    }
+
+    fn maps(&self, base: usize, len: usize, file: Arc<FileObject>) {
+        let mut mappings = lock(&self.mappings);
+        mappings.insert(base, (base.saturating_add(len), file));
+        self.mapping_count.store(mappings.len(), Ordering::Relaxed);
     }
 
     /// The client closed `fd`. To be called before the number can be used again.
@@ -355,6 +370,25 @@ impl Process {
             // A client that unmaps guest memory cannot be told of an error; the frames show nothing then.
             let _ = vm.user_mapping_changed(start, end);
         }
+    }
+
+    /// The client moved, grew or shrank the mapping at `start`; with `keeps` the old one is still there.
+    pub fn mapping_moved(&self, (start, old): (usize, usize), (base, new): (usize, usize), keeps: bool) {
+        let file = if self.mapping_count.load(Ordering::Relaxed) == 0 { None } else { self.mapped_at(start) };
+        if !keeps {
+            self.mapping_changed(start, old);
+        }
+        self.mapping_changed(base, new);
+        if let Some(file) = file {
+            self.maps(base, new.next_multiple_of(4096), file);
+        }
+    }
+
+    /// The file that is mapped at `address`.
+    fn mapped_at(&self, address: usize) -> Option<Arc<FileObject>> {
+        let mappings = lock(&self.mappings);
+        let (_, (end, file)) = mappings.range(..=address).next_back()?;
+        (address < *end).then(|| Arc::clone(file))
     }
 
     /// `madvise`, as far as the host would answer it otherwise than the client expects.
@@ -433,7 +467,10 @@ fn enable_cap(vm: &VmObject, arg: Argument) -> Answer<i32> {
     if claim.flags != 0 || !quirks {
         return Answer::Pass;
     }
-    Answer::Done(kvm::disable_quirks(vm.fd(), claim.args[0]).map(|()| 0))
+    // The older form ignores what it does not know.
+    let known = if claim.cap == cap::DISABLE_QUIRKS { kvm::check_extension(vm.fd(), cap::DISABLE_QUIRKS2) } else { -1 };
+    let quirks = claim.args[0] & u64::from_ne_bytes(i64::from(known).to_ne_bytes());
+    Answer::Done(kvm::disable_quirks(vm.fd(), quirks).map(|()| 0))
 }
 
 fn region_claim(region: &MemoryRegion, file: FileClaim, guest_memfd_offset: u64) -> Claim {

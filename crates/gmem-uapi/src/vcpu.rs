@@ -13,7 +13,7 @@ use gmem_host::kvm::{self, RunMapping};
 use gmem_host::sys::{self, Argument, SignalsBlocked};
 use gmem_host::vcpu::{self, GuestView, Mmio, PendingWrite, Progress, RunArea};
 use gmem_host::window::Shows;
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 
 use crate::abi::{self, PreFaultMemory};
@@ -87,14 +87,8 @@ enum Next {
 }
 
 impl VcpuObject {
-    pub(crate) fn new(
-        kvm: BorrowedFd<'_>,
-        fd: BorrowedFd<'_>,
-        vm: Arc<VmObject>,
-        host_prefaults: bool,
-    ) -> Result<Self, Errno> {
-        let fd = kvm::hidden_copy(fd)?;
-        let mapping = RunMapping::new(kvm, fd.as_fd())?;
+    pub(crate) fn new(fd: OwnedFd, vm: Arc<VmObject>, host_prefaults: bool) -> Result<Self, Errno> {
+        let mapping = RunMapping::new(vm.run_len, fd.as_fd())?;
         Ok(Self { fd, mapping, vm, pending: Rare::default(), emulating: Rare::default(), host_prefaults })
     }
 
@@ -319,17 +313,20 @@ impl VcpuObject {
         let signals = SignalsBlocked::new();
         self.vm().check_owner()?;
         let mut claim: PreFaultMemory = abi::read(arg)?;
+        let result = self.pre_fault_claim(&mut claim, &signals);
+        // The structure goes back in any case, so that a bad place for it is the error that counts.
+        abi::write(arg, &claim).and(result).map(|()| 0)
+    }
+
+    fn pre_fault_claim(&self, claim: &mut PreFaultMemory, signals: &SignalsBlocked) -> Result<(), Errno> {
         if claim.flags != 0 {
             return Err(Errno::INVAL);
         }
         let range = GfnRange::from_bytes(claim.gpa, claim.size).map_err(|_| Errno::INVAL)?;
-        let (done, end) = self.pre_fault_range(range, &signals);
-        if done == 0 {
-            end?;
-        }
+        let (done, end) = self.pre_fault_range(range, signals);
         claim.gpa += done;
         claim.size -= done;
-        abi::write(arg, &claim).map(|()| 0)
+        if done == 0 { end } else { Ok(()) }
     }
 
     /// Bytes done, and why it stopped.

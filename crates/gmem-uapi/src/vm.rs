@@ -16,9 +16,10 @@ use gmem_core::vm::{Rules, View};
 use gmem_host::address_space::AddressSpace;
 use gmem_host::backing::Backing;
 use gmem_host::client::ClientMemory;
-use gmem_host::kvm;
 use gmem_host::maps::{self, Maps};
+use gmem_host::sys::SignalsBlocked;
 use gmem_host::window::{Backings, Shows, Window};
+use gmem_host::{fds, kvm};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 
@@ -35,10 +36,20 @@ pub(crate) struct VmObject {
     /// The real VM, through a descriptor of our own: files keep it alive after the client closed its last one.
     fd: OwnedFd,
     pub(crate) profile: &'static Profile,
+    /// Bytes of a vCPU's shared pages.
+    pub(crate) run_len: usize,
     /// Where it was made; ioctls from anywhere else are EIO.
     owner: AddressSpace,
     client: Arc<Mutex<ClientMemory>>,
     state: RwLock<State>,
+}
+
+/// What a new VM is to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kind {
+    pub(crate) vm_type: u32,
+    pub(crate) profile: &'static Profile,
+    pub(crate) run_len: usize,
 }
 
 #[derive(Debug)]
@@ -157,6 +168,19 @@ impl State {
         }
     }
 
+    /// Where the client's mapping behind `gfn` ends, in pages from there, if it has one that can be read.
+    fn client_pages(&self, gfn: Gfn) -> Option<u64> {
+        let slot = self.core.slots().at(0, gfn)?;
+        let address = usize::try_from(slot.hva_of(gfn)).ok()?;
+        let end = match self.mmu.windows.get(&slot.id) {
+            Some(window) => window.client_end(address),
+            None => {
+                maps::areas(address, address + 1).ok()?.first().filter(|area| area.allows(false)).map(|area| area.end)
+            }
+        };
+        Some((end?.checked_sub(address)? as u64).div_ceil(PAGE_SIZE))
+    }
+
     /// Whether the real slot at `gfn` has the client's own memory: what the host does there is what it has always done.
     pub(crate) fn is_the_hosts(&self, gfn: Gfn) -> bool {
         self.core.slots().at(0, gfn).is_none_or(|slot| !self.mmu.windows.contains_key(&slot.id))
@@ -170,16 +194,16 @@ impl State {
 impl VmObject {
     pub(crate) fn new(
         fd: BorrowedFd<'_>,
-        vm_type: u32,
-        profile: &'static Profile,
+        Kind { vm_type, profile, run_len }: Kind,
         client: Arc<Mutex<ClientMemory>>,
     ) -> Result<Self, Errno> {
         let rules = Rules { user_end: maps::user_address_end(), ..profile.rules };
         let arch = if vm_type == 0 { Arch::Default } else { Arch::SwProtected };
         kvm::disable_quirks(fd, 0)?;
         Ok(Self {
-            fd: kvm::hidden_copy(fd)?,
+            fd: fds::hidden_copy(fd)?,
             profile,
+            run_len,
             owner: AddressSpace::current()?,
             client,
             state: RwLock::new(State {
@@ -245,13 +269,34 @@ impl VmObject {
         let _ = self.write().run(&mut CloseFile::new(id));
     }
 
-    /// `fallocate` that allocates.
-    pub(crate) fn allocate(&self, id: FileId, offset: u64, len: u64) -> Result<(), Errno> {
+    /// `fallocate` that allocates: in pieces, between which a signal ends it and a vCPU's fault is served.
+    pub(crate) fn allocate(&self, id: FileId, offset: u64, len: u64, signals: &SignalsBlocked) -> Result<(), Errno> {
+        const PIECE: u64 = 16 << 20;
+        let file_check = |offset, len| {
+            let state = self.read();
+            state.core.file(id).ok_or(Errno::BADF)?.check_allocate(offset, len).map_err(errno::allocate)
+        };
+        file_check(offset, len)?;
+        let mut done = 0;
+        while done < len {
+            if signals.is_interrupted() {
+                return Err(Errno::INTR);
+            }
+            let piece = PIECE.min(len - done);
+            self.allocate_piece(id, offset + done, piece)?;
+            done += piece;
+        }
+        Ok(())
+    }
+
+    fn allocate_piece(&self, id: FileId, offset: u64, len: u64) -> Result<(), Errno> {
         let mut state = self.write();
         let State { core, mmu, .. } = &mut *state;
         let file = core.file_mut(id).ok_or(Errno::BADF)?;
         let range = file.check_allocate(offset, len).map_err(errno::allocate)?;
-        mmu.backings.get(&id.0).ok_or(Errno::BADF)?.allocate(offset, len)?;
+        let made = mmu.backings.get(&id.0).ok_or(Errno::BADF)?.allocate(offset, len);
+        // A memfd says so when memory may not be promised any more.
+        made.map_err(|error| if error == Errno::NOSPC { Errno::NOMEM } else { error })?;
         file.allocate(range);
         Ok(())
     }
@@ -373,7 +418,10 @@ impl VmObject {
         let address = state.mmu.windows.get(&old.id).map_or(claim.userspace_addr, |window| window.base() as u64);
         let range = GfnRange::from_bytes(claim.guest_phys_addr, claim.memory_size).map_err(|_| Errno::INVAL)?;
         let uncovered = self.make_room(state, old.id, range).hull(old.gfns);
-        kvm::set_region(self.fd(), &real_region(&claim, address))?;
+        if let Err(error) = kvm::set_region(self.fd(), &real_region(&claim, address)) {
+            self.update_guards(state, uncovered);
+            return Err(error);
+        }
         if let Some(window) = state.mmu.windows.get_mut(&old.id) {
             window.move_to(Gfn::of_gpa(claim.guest_phys_addr))?;
         }
@@ -430,11 +478,22 @@ impl VmObject {
 
     /// The pages from the start of `range` on that can all be prefaulted: those of one slot that something backs.
     pub(crate) fn pre_fault_run(&self, range: GfnRange) -> Result<GfnRange, Errno> {
+        let pages = match self.client_memory(range.start()) {
+            Some(pages) => pages?,
+            None => range.len(),
+        };
         let access = ops::Access { gfn: range.start(), claimed: Side::Shared };
         errno::prefault(self.fault(&mut ops::Fault::new(access, ops::Origin::Prefault)))?;
         let state = self.read();
         let slot = state.core.slots().at(0, range.start()).ok_or(Errno::NOENT)?;
         let run = state.core.views(slot, range).next().map(|(run, _)| run);
-        run.ok_or(Errno::NOENT)
+        run.and_then(|run| GfnRange::with_len(run.start(), run.len().min(pages))).ok_or(Errno::NOENT)
+    }
+
+    /// If `gfn` is the client's memory: how many pages from there on can be read, or EFAULT.
+    fn client_memory(&self, gfn: Gfn) -> Option<Result<u64, Errno>> {
+        let state = self.read();
+        let is_clients = matches!(state.core.view(gfn), View::UserMemory { .. });
+        is_clients.then(|| state.client_pages(gfn).ok_or(Errno::FAULT))
     }
 }

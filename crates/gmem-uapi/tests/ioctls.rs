@@ -106,6 +106,12 @@ fn memory(len: u64) -> u64 {
     unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, flags) }.expect("memory").addr() as u64
 }
 
+fn unmap(address: u64, len: u64) {
+    let (address, len) = (usize::try_from(address).expect("64 bits"), usize::try_from(len).expect("64 bits"));
+    // SAFETY: guest memory of the test that no reference points to.
+    unsafe { rustix::mm::munmap(std::ptr::without_provenance_mut(address), len) }.expect("mapped");
+}
+
 fn slot(number: u32, gpa: u64, size: u64, address: u64) -> MemoryRegion2 {
     let region =
         MemoryRegion { slot: number, flags: 0, guest_phys_addr: gpa, memory_size: size, userspace_addr: address };
@@ -302,6 +308,13 @@ fn prefaulting() {
     assert_eq!(prefault(0, 4 * PAGE, 0), (Ok(0), 4 * PAGE, 0), "private and shared");
     assert_eq!(prefault(3 * PAGE, 3 * PAGE, 0), (Ok(0), 4 * PAGE, 2 * PAGE), "as far as the slot goes");
     assert_eq!(prefault(4 * PAGE, PAGE, 0), (Err(Errno::NOENT), 4 * PAGE, PAGE));
+    // The client's memory is there for half of a slot.
+    let half = memory(4 * PAGE);
+    unmap(half + 2 * PAGE, 2 * PAGE);
+    assert_eq!(client.region(vm, slot(1, 1 << 30, 4 * PAGE, half)), Ok(0));
+    assert_eq!(prefault(1 << 30, 4 * PAGE, 0), (Ok(0), (1 << 30) + 2 * PAGE, 2 * PAGE));
+    let gone = (1 << 30) + 2 * PAGE;
+    assert_eq!(prefault(gone, PAGE, 0), (Err(Errno::FAULT), gone, PAGE));
     client.close(fd);
     assert_eq!(prefault(0, PAGE, 0).0, Err(Errno::FAULT), "the file is gone");
     [vcpu, vm].into_iter().for_each(|fd| client.close(fd));
@@ -338,9 +351,55 @@ fn calls_on_the_file() {
     assert_eq!(client.mmap(fd, PAGE, MapFlags::SHARED), Err(Errno::NODEV));
     assert_eq!(client.mmap(fd, PAGE, MapFlags::PRIVATE), Err(Errno::NODEV));
     assert_eq!(client.mmap(fd, 0, MapFlags::SHARED), Err(Errno::INVAL), "mmap itself looks first");
+    assert_eq!(client.mmap(fd, PAGE, MapFlags::empty()), Err(Errno::INVAL), "neither shared nor private");
     assert_eq!(client.ioctl_number(fd, 0x5401, 0), Err(Errno::NOTTY));
+    const FIOCLEX: u32 = 0x5451;
+    assert_eq!(client.process.ioctl(fd, FIOCLEX, 0.into()), Answer::Pass, "answered for every file");
     assert_eq!(client.ioctl_number(fd, abi::SET_MEMORY_ATTRIBUTES, BAD), Err(Errno::NOTTY));
     [fd, vm].into_iter().for_each(|fd| client.close(fd));
+}
+
+#[test]
+fn allocating_and_punching_change_the_times_of_a_file() {
+    let client = client!("linux-7.3");
+    let vm = client.vm(1);
+    let fd = client.file(vm, 4 * PAGE, 0).expect("valid");
+    // SAFETY: open until the end of the test.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    let modified = || rustix::fs::fstat(borrowed).expect("open").st_mtime;
+    for mode in [1, 3] {
+        let past = rustix::fs::Timespec { tv_sec: 1, tv_nsec: 0 };
+        let times = rustix::fs::Timestamps { last_access: past, last_modification: past };
+        rustix::fs::futimens(borrowed, &times).expect("a file of the test's own");
+        assert_eq!(client.fallocate(fd, mode, 1, 1), Err(Errno::INVAL));
+        assert_eq!(modified(), 1, "a refused call changes nothing");
+        assert_eq!(client.fallocate(fd, mode, 0, 4096), Ok(0));
+        assert_ne!(modified(), 1);
+    }
+    [fd, vm].into_iter().for_each(|fd| client.close(fd));
+}
+
+/// The file of a mapping is known by what it refuses: to be collapsed into huge pages.
+#[test]
+fn a_mapping_that_moves_keeps_its_file() {
+    const COLLAPSE: i32 = 25;
+    let client = client!("linux-7.3");
+    let vm = client.vm(0);
+    let fd = client.file(vm, 4 * PAGE, 3).expect("mappable and shared");
+    let at = client.mmap(fd, 4 * PAGE, MapFlags::SHARED).expect("mappable");
+    let len = usize::try_from(4 * PAGE).expect("64 bits");
+    let is_mapped = |at| client.process.advice(at, len, COLLAPSE) == Answer::Done(Err(Errno::INVAL));
+    let (moved, copy) = (at + (1 << 40), at + (2 << 40));
+    client.process.mapping_moved((at, len), (moved, len), false);
+    assert_eq!((is_mapped(at), is_mapped(moved)), (false, true));
+    client.process.mapping_moved((moved, 0), (copy, len), true);
+    client.close(fd);
+    assert_eq!((is_mapped(moved), is_mapped(copy)), (true, true));
+    client.process.mapping_changed(moved, len);
+    client.process.mapping_changed(copy, len);
+    assert!(!is_mapped(copy));
+    unmap(at as u64, 4 * PAGE);
+    client.close(vm);
 }
 
 #[test]
