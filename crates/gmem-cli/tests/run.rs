@@ -319,9 +319,14 @@ mod parts {
         let vm = protected_vm();
         // SAFETY: limits of this process, and descriptors of this function's.
         unsafe {
-            let small = libc::rlimit { rlim_cur: 4096, rlim_max: libc::RLIM_INFINITY };
-            assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &raw const small), 0);
-            assert_eq!(create_file(vm), Err(libc::EFBIG));
+            for (most, expected) in [(libc::RLIM_INFINITY, 0), (4096, libc::EFBIG)] {
+                let small = libc::rlimit { rlim_cur: 4096, rlim_max: most };
+                assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &raw const small), 0);
+                assert_eq!(create_file(vm).err().unwrap_or(0), expected);
+                let mut now: libc::rlimit = std::mem::zeroed();
+                assert_eq!(libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut now), 0);
+                assert_eq!(now.rlim_cur, 4096, "as it was");
+            }
             let few = libc::rlimit { rlim_cur: 64, rlim_max: 64 };
             assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const few), 0);
             let mut all = Vec::new();

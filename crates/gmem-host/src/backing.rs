@@ -23,7 +23,7 @@ impl Backing {
     /// Memory of `size` bytes that takes none until it is used.
     ///
     /// # Errors
-    /// EMFILE, ENFILE, ENOMEM; EFBIG beyond the process's file size limit.
+    /// EMFILE, ENFILE, ENOMEM; EFBIG beyond a file size limit of the process's that it may not lift.
     pub fn new(size: u64) -> Result<Self, Errno> {
         let fd = fds::hide(rustix::fs::memfd_create("gmem", MemfdFlags::CLOEXEC)?)?;
         fds::set_size(&fd, size)?;

@@ -3,7 +3,7 @@
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{MemfdFlags, Mode, SealFlags};
 use rustix::io::Errno;
-use rustix::process::{Resource, getrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Moves a descriptor out of the way of the client's numbering: the kernel gives clients the lowest free number, and some
 /// depend on it.
@@ -26,22 +26,30 @@ pub fn hidden_copy(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     rustix::io::fcntl_dupfd_cloexec(fd, high).or_else(|_| rustix::io::fcntl_dupfd_cloexec(fd, 3))
 }
 
-/// Gives a new file its size.
+/// Gives a new file its size. The process's file size limit, which no guest_memfd has, is lifted meanwhile.
 ///
 /// # Errors
-/// EFBIG beyond the process's file size limit, which the kernel would also send SIGXFSZ for; no guest_memfd has such a limit.
+/// EFBIG beyond a limit that may not be lifted; the kernel would also send SIGXFSZ.
 pub(crate) fn set_size(fd: &OwnedFd, size: u64) -> Result<(), Errno> {
-    if getrlimit(Resource::Fsize).current.is_some_and(|limit| size > limit) {
-        return Err(Errno::FBIG);
+    let limit = getrlimit(Resource::Fsize);
+    let allows = |most: Option<u64>| most.is_none_or(|most| size <= most);
+    match (allows(limit.current), allows(limit.maximum)) {
+        (true, _) => rustix::fs::ftruncate(fd, size),
+        (false, false) => Err(Errno::FBIG),
+        (false, true) => {
+            setrlimit(Resource::Fsize, Rlimit { current: limit.maximum, ..limit })?;
+            let done = rustix::fs::ftruncate(fd, size);
+            setrlimit(Resource::Fsize, limit)?;
+            done
+        }
     }
-    rustix::fs::ftruncate(fd, size)
 }
 
 /// The descriptor that a client gets for a guest_memfd: it has the right size and no content, and nothing can be done with
 /// it that would give it any. Not close-on-exec, as the kernel's is not.
 ///
 /// # Errors
-/// EMFILE, ENFILE, ENOMEM; EFBIG beyond the process's file size limit.
+/// EMFILE, ENFILE, ENOMEM; EFBIG beyond a file size limit of the process's that it may not lift.
 pub fn placeholder(size: u64) -> Result<OwnedFd, Errno> {
     let fd = rustix::fs::memfd_create("kvm-gmem", MemfdFlags::ALLOW_SEALING)?;
     set_size(&fd, size)?;

@@ -11,6 +11,7 @@ use gmem_core::runs::{Linear, RunMap};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use crate::address_space::AddressSpace;
 use crate::backing::{self, Backing};
 use crate::client::Source;
 use crate::maps::Area;
@@ -52,6 +53,8 @@ pub struct Window {
     shown: RunMap<Shows>,
     /// How the client has its memory for the slot mapped: a run of it may not be one mapping.
     client: Vec<Source>,
+    /// Where it is. A child of fork has a copy of this value, and something else at these addresses.
+    owner: AddressSpace,
 }
 
 const HUGE_1G: usize = 1 << 30;
@@ -65,6 +68,7 @@ impl Window {
     pub fn reserve(gfns: GfnRange) -> Result<Self, Errno> {
         let len = usize::try_from(gfns.len()).ok().and_then(|pages| pages.checked_mul(1 << PAGE_SHIFT));
         let len = len.ok_or(Errno::NOMEM)?;
+        let owner = AddressSpace::current()?;
         let align = if len >= HUGE_1G { HUGE_1G } else { HUGE_2M };
         let room = len.checked_add(align).ok_or(Errno::NOMEM)?;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
@@ -77,7 +81,7 @@ impl Window {
         trim(base + len, start + room);
         let mut shown = RunMap::new();
         shown.insert(gfns.start().0, gfns.len(), Shows::Nothing);
-        Ok(Self { base, len, gfns, shown, client: Vec::new() })
+        Ok(Self { base, len, gfns, shown, client: Vec::new(), owner })
     }
 
     /// Address of the first frame.
@@ -257,6 +261,8 @@ fn trim(start: usize, end: usize) {
 
 impl Drop for Window {
     fn drop(&mut self) {
-        trim(self.base, self.base + self.len);
+        if AddressSpace::current() == Ok(self.owner) {
+            trim(self.base, self.base + self.len);
+        }
     }
 }

@@ -130,9 +130,9 @@ export! {
             },
             || {
                 let base = real::mmap64(address, len, prot, flags, fd, offset);
-                // Only a fixed address can replace guest memory.
-                if flags & libc::MAP_FIXED != 0 && base == address {
-                    tell(|process| process.mapping_changed(address, len));
+                // Guest memory may be replaced, or come back at an address that was unmapped before.
+                if base != usize::MAX {
+                    tell(|process| process.mapping_changed(base, len));
                 }
                 base
             },
@@ -143,6 +143,22 @@ export! {
         let result = real::munmap(address, len);
         if result == 0 {
             tell(|process| process.mapping_changed(address, len));
+        }
+        result
+    }
+
+    fn mprotect(address: usize, len: size_t, prot: c_int) -> c_int {
+        let result = real::mprotect(address, len, prot);
+        if result == 0 {
+            tell(|process| process.protection_changed(address, len));
+        }
+        result
+    }
+
+    fn pkey_mprotect(address: usize, len: size_t, prot: c_int, key: c_int) -> c_int {
+        let result = real::pkey_mprotect(address, len, prot, key);
+        if result == 0 {
+            tell(|process| process.protection_changed(address, len));
         }
         result
     }
@@ -406,6 +422,8 @@ unsafe fn by_number(number: c_long, args: [usize; 6]) -> c_long {
             libc::SYS_fcntl => c_long::from(fcntl64(int(a), int(b), c)),
             libc::SYS_mmap => address(mmap64(a, b, int(c), int(d), int(e), offset(f))),
             libc::SYS_munmap => c_long::from(munmap(a, b)),
+            libc::SYS_mprotect => c_long::from(mprotect(a, b, int(c))),
+            libc::SYS_pkey_mprotect => c_long::from(pkey_mprotect(a, b, int(c), int(d))),
             libc::SYS_mremap => address(mremap(a, b, c, int(d), e)),
             libc::SYS_madvise => c_long::from(madvise(a, b, int(c))),
             libc::SYS_fallocate => c_long::from(fallocate64(int(a), int(b), offset(c), offset(d))),

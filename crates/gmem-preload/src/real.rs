@@ -54,6 +54,8 @@ real! {
     fcntl64(fd: c_int, command: c_int, arg: usize) -> c_int;
     mmap64(address: usize, len: size_t, prot: c_int, flags: c_int, fd: c_int, offset: off_t) -> usize;
     munmap(address: usize, len: size_t) -> c_int;
+    mprotect(address: usize, len: size_t, prot: c_int) -> c_int;
+    pkey_mprotect(address: usize, len: size_t, prot: c_int, key: c_int) -> c_int;
     mremap(address: usize, old: size_t, new: size_t, flags: c_int, target: usize) -> usize;
     madvise(address: usize, len: size_t, advice: c_int) -> c_int;
     read(fd: c_int, buffer: *mut c_void, count: size_t) -> ssize_t;

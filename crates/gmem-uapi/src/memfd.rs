@@ -85,6 +85,8 @@ impl FileObject {
             FileCall::CopyRange { same_kind: true, .. } => Err(Errno::INVAL),
             // Another file system.
             FileCall::CopyRange { same_kind: false, .. } => Err(Errno::XDEV),
+            // A child of fork has the descriptor and not what it needs to change the file.
+            FileCall::Fallocate { .. } if self.vm.check_owner().is_err() => Err(Errno::IO),
             FileCall::Fallocate { mode, offset, len } => self.fallocate(mode, offset, len, signals).map(|()| 0),
         }
     }
@@ -122,6 +124,7 @@ impl FileObject {
         if map.flags & MAP_TYPE == MAP_PRIVATE {
             return Err(Errno::INVAL);
         }
+        self.vm.check_owner()?;
         let state = self.vm.read();
         let kind = state.core.file(self.id).map_or(Side::Private, gmem_core::file::File::kind);
         match kind {

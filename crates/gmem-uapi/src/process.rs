@@ -94,6 +94,8 @@ pub struct ForkGuard<'a> {
     _vms: MutexGuard<'a, Vec<Weak<VmObject>>>,
     _fds: RwLockWriteGuard<'a, Vec<Option<Entry>>>,
     _client: MutexGuard<'a, ClientMemory>,
+    /// The last to go: a signal handler must not find the others.
+    _signals: SignalsBlocked,
 }
 
 impl Process {
@@ -203,6 +205,7 @@ impl Process {
         let fd = kvm::with_client_fd(kvm, |kvm| kvm::create_vm(kvm, 0))?;
         let kind = Kind { vm_type, profile: self.config.profile, run_len };
         let vm = Arc::new(VmObject::new(fd.as_fd(), kind, Arc::clone(&self.client))?);
+        let _signals = SignalsBlocked::new();
         let mut vms = lock(&self.vms);
         vms.retain(|vm| vm.strong_count() > 0);
         vms.push(Arc::downgrade(&vm));
@@ -298,6 +301,7 @@ impl Process {
     /// `mmap` of a descriptor that may be a guest_memfd.
     pub fn mmap(&self, address: usize, len: usize, prot: u32, flags: u32, fd: i32, offset: u64) -> Answer<usize> {
         let Some(file) = self.file(fd) else { return Answer::Pass };
+        let _signals = SignalsBlocked::new();
         let base = file.map(Map { address, len, prot, flags, offset });
         if let Ok(base) = base {
             let len = len.next_multiple_of(4096);
@@ -325,7 +329,9 @@ impl Process {
     /// Takes every lock of the process, so that a fork finds none of them held by a thread that the child does not have.
     #[must_use]
     pub fn before_fork(&self) -> ForkGuard<'_> {
+        let signals = SignalsBlocked::new();
         ForkGuard {
+            _signals: signals,
             _mappings: lock(&self.mappings),
             _vms: lock(&self.vms),
             _fds: self.fds.write().unwrap_or_else(PoisonError::into_inner),
@@ -335,8 +341,12 @@ impl Process {
 
     /// The process is a child of fork now, with descriptors and memory of its own.
     pub fn is_child(&self) {
+        let _signals = SignalsBlocked::new();
         address_space::enter();
         lock(&self.client).make_private();
+        // No VM is the child's, and a thread that it does not have may hold the locks of one.
+        lock(&self.vms).clear();
+        self.vm_count.store(0, Ordering::Relaxed);
     }
 
     /// The client closed the descriptors `first..=last`.
@@ -349,7 +359,9 @@ impl Process {
     /// The client made `copy` a duplicate of `fd`.
     pub fn duplicated(&self, fd: i32, copy: i32) {
         let entry = self.entry(fd);
-        if entry.is_some() || self.entry(copy).is_some() {
+        let concerns_gmem = entry.is_some() || self.known.contains(copy);
+        // A child of vfork has descriptors of its own.
+        if concerns_gmem && address_space::is_own() {
             drop(self.replace(copy, entry));
         }
     }
@@ -358,13 +370,26 @@ impl Process {
     pub fn mapping_changed(&self, start: usize, len: usize) {
         let end = start.saturating_add(len);
         if self.mapping_count.load(Ordering::Relaxed) > 0 {
+            let _signals = SignalsBlocked::new();
             let gone = cut(&mut lock(&self.mappings), start, end);
             drop(gone);
         }
-        if self.vm_count.load(Ordering::Relaxed) == 0 {
-            return;
+        if self.vm_count.load(Ordering::Relaxed) > 0 {
+            let _signals = SignalsBlocked::new();
+            lock(&self.client).forget(start, end);
+            self.show_anew(start, end);
         }
-        lock(&self.client).forget(start, end);
+    }
+
+    /// The client may now do something else with what it has mapped at `[start, start + len)`.
+    pub fn protection_changed(&self, start: usize, len: usize) {
+        if self.vm_count.load(Ordering::Relaxed) > 0 {
+            let _signals = SignalsBlocked::new();
+            self.show_anew(start, start.saturating_add(len));
+        }
+    }
+
+    fn show_anew(&self, start: usize, end: usize) {
         let vms: Vec<_> = lock(&self.vms).iter().filter_map(Weak::upgrade).collect();
         for vm in vms {
             // A client that unmaps guest memory cannot be told of an error; the frames show nothing then.

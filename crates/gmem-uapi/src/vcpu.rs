@@ -138,6 +138,7 @@ impl VcpuObject {
 
     /// A host that emulates cannot fetch an instruction that nothing backs. Any other failure is the client's.
     fn after_failed_emulation(&self, value: i32) -> Next {
+        let _signals = SignalsBlocked::new();
         let mut forbidden = |gfn, kind| self.is_unreachable(gfn, kind);
         match vcpu::locate_failed_emulation(self.fd.as_fd(), self, &mut forbidden) {
             Ok(Some(access)) => self.end_access(access),
@@ -261,6 +262,7 @@ impl VcpuObject {
 
     /// The host's KVM could not reach a page and does not say which.
     fn after_fault(&self) -> Next {
+        let _signals = SignalsBlocked::new();
         let mut forbidden = |gfn, kind| self.is_unreachable(gfn, kind);
         match vcpu::locate(self.fd.as_fd(), self, &mut forbidden) {
             Ok(Some(access)) => self.end_access(access),

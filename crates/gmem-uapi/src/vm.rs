@@ -1,7 +1,7 @@
 //! One emulated VM: the core's state, the windows that show it, and the ioctls of the VM descriptor.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use gmem_core::Vm;
 use gmem_core::addr::{Gfn, GfnRange, PAGE_SIZE};
@@ -320,8 +320,8 @@ impl VmObject {
         }
         let range = GfnRange::from_bytes(claim.address, claim.size).map_err(|_| Errno::INVAL)?;
         let side = if claim.attributes == 0 { Side::Shared } else { Side::Private };
-        let before: Vec<_> = match state.core.slots().overlapping(range).next() {
-            Some(_) => state.core.attribute_runs(range).collect(),
+        let before = match state.core.slots().overlapping(range).next() {
+            Some(_) => collect(state.core.attribute_runs(range))?,
             None => Vec::new(),
         };
         match state.convert(range, side) {
@@ -333,6 +333,9 @@ impl VmObject {
                 // Too many mappings (vm.max_map_count): back to what was, which needs no more than there were.
                 for (range, side) in before {
                     let _ = state.convert(range, side);
+                }
+                if error == Errno::NOMEM {
+                    say_what_to_raise();
                 }
                 Err(error)
             }
@@ -432,6 +435,8 @@ impl VmObject {
 
     /// The client changed what it has mapped at `[start, end)`: windows that show it show what is there now.
     pub(crate) fn user_mapping_changed(&self, start: usize, end: usize) -> Result<(), Errno> {
+        // A child of fork has other mappings, and windows that are not its own.
+        self.check_owner()?;
         let mut state = self.write();
         let (frames, _) = state.run(&mut ChangeUserMapping::new(start as u64, end as u64));
         if frames.is_empty() || state.mmu.windows.is_empty() {
@@ -444,6 +449,26 @@ impl VmObject {
         drop(client);
         frames.into_iter().try_for_each(|range| mmu.show_views(core, range, Window::replace))
     }
+}
+
+/// All items, or ENOMEM: at the limit of mappings malloc may have nothing left, too, and a client must not be ended for it.
+fn collect<T>(items: impl Iterator<Item = T>) -> Result<Vec<T>, Errno> {
+    let mut all = Vec::new();
+    for item in items {
+        all.try_reserve(1).map_err(|_| Errno::NOMEM)?;
+        all.push(item);
+    }
+    Ok(all)
+}
+
+/// Says once why conversions fail that would succeed on a kernel with private memory: their author cannot know.
+fn say_what_to_raise() {
+    static SAID: Once = Once::new();
+    SAID.call_once(|| {
+        let words =
+            b"gmem: a conversion needs more mappings than a process may have: raise the sysctl vm.max_map_count\n";
+        let _ = kvm::with_client_fd(2, |errors| rustix::io::write(errors, words));
+    });
 }
 
 fn real_region(claim: &Claim, userspace_addr: u64) -> MemoryRegion {
