@@ -216,7 +216,27 @@ mod parts {
         create_file(vm).expect("a file behind the filter");
     }
 
+    /// Guest memory and a file that outlive the closing of all descriptors but the client's own.
+    fn closes_what_it_does_not_know() {
+        let (vm, vcpu) = (protected_vm(), 0xae41);
+        let file = create_file(vm).expect("a file");
+        let _ = add_ram(vm, 0);
+        let _ = ioctl(vm, vcpu, 0).expect("a vCPU");
+        let own = [vm, file];
+        for fd in (3..4096).filter(|fd| !own.contains(fd)) {
+            // SAFETY: a descriptor that is none of the client's that it still uses.
+            unsafe { libc::close(fd) };
+        }
+        let _ = add_ram(vm, 8);
+        // SAFETY: a descriptor of this function's.
+        unsafe {
+            assert_eq!(libc::fallocate(file, 1, 0, 4096), 0);
+            assert_eq!(libc::fallocate(file, 3, 0, 4096), 0);
+        }
+    }
+
     pub(super) fn closes_everything() {
+        closes_what_it_does_not_know();
         // SAFETY: descriptors above the standard ones; Rust has none open that it would miss.
         unsafe {
             assert_eq!(libc::syscall(libc::SYS_close_range, 3, c_ulong::from(u32::MAX), 0), 0);
@@ -242,7 +262,9 @@ mod parts {
             ram.cast::<u8>()
         };
         let page = (ram.addr() as u64) & !(SIZE - 1);
-        for (number, gpa, size, hva) in [(number, 0, SIZE, ram.addr() as u64), (number + 1, 1 << 40, 1 << 33, page)] {
+        let at = number << 41;
+        let parts = [(number, at, SIZE, ram.addr() as u64), (number + 1, at + (1 << 40), 1 << 33, page)];
+        for (number, gpa, size, hva) in parts {
             let claim = [number, gpa, size, hva];
             ioctl(vm, KVM_SET_USER_MEMORY_REGION, claim.as_ptr().addr()).expect("a slot");
         }

@@ -2,12 +2,12 @@
 
 use core::ffi::c_void;
 
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
 
-use crate::fds;
+use crate::fds::{self, Hidden};
 
 /// Pages that gmem owns and that no descriptor of the client names.
 ///
@@ -15,7 +15,7 @@ use crate::fds;
 /// mapping of its pages away, KVM's among them.
 #[derive(Debug)]
 pub struct Backing {
-    fd: OwnedFd,
+    fd: Hidden,
     size: u64,
 }
 
@@ -25,8 +25,9 @@ impl Backing {
     /// # Errors
     /// EMFILE, ENFILE, ENOMEM; EFBIG beyond a file size limit of the process's that it may not lift.
     pub fn new(size: u64) -> Result<Self, Errno> {
-        let fd = fds::hide(rustix::fs::memfd_create("gmem", MemfdFlags::CLOEXEC)?)?;
+        let fd = rustix::fs::memfd_create("gmem", MemfdFlags::CLOEXEC)?;
         fds::set_size(&fd, size)?;
+        let fd = fds::hide(fd)?;
         Ok(Self { fd, size })
     }
 

@@ -193,11 +193,3 @@ pub fn into_client(fd: OwnedFd) -> i32 {
     use rustix::fd::IntoRawFd;
     fd.into_raw_fd()
 }
-
-/// Makes a copy that was taken of something else one of `fd`, for which no new number is needed.
-///
-/// # Errors
-/// None is expected; passed on if there is one.
-pub fn copy_onto(fd: BorrowedFd<'_>, copy: &mut OwnedFd) -> Result<(), Errno> {
-    rustix::io::dup3(fd, copy, rustix::io::DupFlags::CLOEXEC)
-}

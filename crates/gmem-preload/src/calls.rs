@@ -65,7 +65,7 @@ unsafe extern "C" fn ioctl_with_stack(fd: c_int, number: c_ulong, arg: usize, st
 
 export! {
     fn close(fd: c_int) -> c_int {
-        if library::is(fd) {
+        if library::keeps(fd) {
             return 0;
         }
         // Before the real call: afterwards another thread may get the number.
@@ -79,11 +79,10 @@ export! {
             let clip = |fd: c_uint| c_int::try_from(fd).unwrap_or(c_int::MAX);
             tell(|process| process.closed_range(clip(first), clip(last)));
         }
-        let parts = library::around(first, last).into_iter().flatten();
-        parts.fold(0, |result, (first, last)| match real::close_range(first, last, flags) {
-            0 => result,
-            error => error,
-        })
+        if first > last {
+            return real::close_range(first, last, flags);
+        }
+        library::around(first, last, |first, last| real::close_range(first, last, flags))
     }
 
     fn closefrom(first: c_int) -> () {

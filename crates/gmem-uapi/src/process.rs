@@ -241,7 +241,7 @@ impl Process {
         // All that can run out first: a vCPU that exists cannot be taken back.
         let mut copy = fds::hidden_copy(vm.fd())?;
         let fd = kvm::create_vcpu(vm.fd(), id)?;
-        kvm::copy_onto(fd.as_fd(), &mut copy)?;
+        copy.become_copy_of(fd.as_fd())?;
         let vcpu = VcpuObject::new(copy, Arc::clone(vm), self.native.prefault)?;
         let fd = kvm::into_client(fd);
         self.replace(fd, Some(Entry::Vcpu(Arc::new(vcpu))));

@@ -9,11 +9,12 @@ use gmem_core::ops::{Access, Fault, FaultEnd, MemoryFault, Origin};
 use gmem_core::slot::SlotFlags;
 use gmem_core::vendor::Side;
 use gmem_core::vm::View;
+use gmem_host::fds::Hidden;
 use gmem_host::kvm::{self, RunMapping};
 use gmem_host::sys::{self, Argument, SignalsBlocked};
 use gmem_host::vcpu::{self, GuestView, Mmio, PendingWrite, Progress, RunArea};
 use gmem_host::window::Shows;
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::AsFd;
 use rustix::io::Errno;
 
 use crate::abi::{self, PreFaultMemory};
@@ -27,7 +28,7 @@ const MOST_RETRIES: u32 = 10_000;
 /// A vCPU of an emulated VM.
 #[derive(Debug)]
 pub(crate) struct VcpuObject {
-    fd: OwnedFd,
+    fd: Hidden,
     mapping: RunMapping,
     vm: Arc<VmObject>,
     /// A write that the host's KVM has taken out of the guest and that has not reached memory.
@@ -87,7 +88,7 @@ enum Next {
 }
 
 impl VcpuObject {
-    pub(crate) fn new(fd: OwnedFd, vm: Arc<VmObject>, host_prefaults: bool) -> Result<Self, Errno> {
+    pub(crate) fn new(fd: Hidden, vm: Arc<VmObject>, host_prefaults: bool) -> Result<Self, Errno> {
         let mapping = RunMapping::new(vm.run_len, fd.as_fd())?;
         Ok(Self { fd, mapping, vm, pending: Rare::default(), emulating: Rare::default(), host_prefaults })
     }

@@ -16,11 +16,12 @@ use gmem_core::vm::{Rules, View};
 use gmem_host::address_space::AddressSpace;
 use gmem_host::backing::Backing;
 use gmem_host::client::ClientMemory;
+use gmem_host::fds::{self, Hidden};
+use gmem_host::kvm;
 use gmem_host::maps::{self, Maps};
 use gmem_host::sys::SignalsBlocked;
 use gmem_host::window::{Backings, Shows, Window};
-use gmem_host::{fds, kvm};
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
 
 use crate::abi::{self, MemoryAttributes, MemoryRegion};
@@ -34,7 +35,7 @@ use crate::profile::Profile;
 #[derive(Debug)]
 pub(crate) struct VmObject {
     /// The real VM, through a descriptor of our own: files keep it alive after the client closed its last one.
-    fd: OwnedFd,
+    fd: Hidden,
     pub(crate) profile: &'static Profile,
     /// Bytes of a vCPU's shared pages.
     pub(crate) run_len: usize,
