@@ -15,8 +15,8 @@ use crate::sys::{self, Missing, Tool};
 /// Run the gate: formatting, lints, documentation, licences, and all tests, also those under real kernels.
 ///
 /// A step that this machine cannot take says what is missing and is left out; with CI set in the environment that is a failure.
-/// The tests come last, so that their summary ends the output. The first run downloads and builds kernels (about 6 minutes on
-/// two processors).
+/// The tests come last, so that their summary ends the output. The first run downloads and builds kernels: on two
+/// processors the reference kernel takes 5 to 15 minutes, and the whole run up to an hour.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// Leave out everything that needs a real kernel

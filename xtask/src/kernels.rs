@@ -226,7 +226,7 @@ fn compile_ref(tree: &Path, build: &Path, config: &str) -> Result<()> {
     fs::write(build.join(".config"), merged)?;
     make("olddefconfig")?;
     accepted(config, &fs::read_to_string(build.join(".config"))?)?;
-    eprintln!("xtask: building the reference kernel, once: about 1,950 steps, 4 to 15 minutes on two processors");
+    eprintln!("xtask: building the reference kernel, once: about 1,950 steps, 5 to 15 minutes on two processors");
     let progress = Progress::watch(&log, 1950);
     let result = make("bzImage");
     progress.stop();

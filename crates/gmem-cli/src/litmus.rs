@@ -1,30 +1,35 @@
 //! `gmem litmus`: every interleaving of small programs.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gmem_litmus::json::JsonReport;
 use gmem_litmus::{Limits, Mutant, Options, Program, Reduction, Report, Tracing, VmType, svg, text};
 
+use crate::run::refuse;
+
 /// Explore every interleaving of litmus programs on gmem's own code.
 ///
-/// Exits with 0 if all conditions hold, 1 if one does not or a folder of programs misses a broken protocol, 2 if a file is
-/// malformed or cannot start, 3 if a program is too large.
+/// Exits with 0 if all conditions hold, 1 if one does not or a folder of programs misses a broken protocol (or what was found
+/// cannot be written), 2 if the command line is wrong or a file is malformed or cannot start, 3 if a program is too large.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// Programs, or folders of programs (`*.litmus`).
     #[arg(required = true)]
     paths: Vec<PathBuf>,
     /// Only this type of VM, or `all`. On types that the program does not name its conditions are shown and not judged.
-    #[arg(long = "type", value_name = "TYPE")]
-    vm_type: Option<String>,
+    #[arg(long = "type", value_name = "TYPE", value_parser = one_or_all(VmType::ALL, VmType::name))]
+    vm_type: Option<OneOrAll<VmType>>,
     /// Run on broken protocols too: all of them, or the one named. Says which are caught.
-    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
-    mutate: Option<String>,
-    /// Draw the interleaving that leads to the first violation.
+    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, default_missing_value = "all",
+        value_parser = one_or_all(Mutant::ALL, Mutant::name), hide_possible_values = true)]
+    mutate: Option<OneOrAll<Mutant>>,
+    /// Draw the interleaving that leads to the first violation, also one that --mutate=NAME brings.
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
     /// One JSON object per line.
@@ -74,41 +79,105 @@ impl Verdict {
     }
 }
 
+/// What an option names.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum OneOrAll<T> {
+    One(T),
+    All,
+}
+
+/// A name of one of `all`, or the word `all`. What is neither is a wrong command line, before anything is explored.
+fn one_or_all<T: Copy + Send + Sync>(
+    all: &'static [T],
+    name: fn(T) -> &'static str,
+) -> impl TypedValueParser<Value = OneOrAll<T>> {
+    let names = all.iter().map(|one| name(*one));
+    PossibleValuesParser::new(names.chain(["all"])).map(move |given| {
+        let one = all.iter().find(|one| name(**one) == given);
+        one.copied().map_or(OneOrAll::All, OneOrAll::One)
+    })
+}
+
+impl Arguments {
+    fn mutants(&self) -> Vec<Mutant> {
+        match self.mutate {
+            None => Vec::new(),
+            Some(OneOrAll::All) => Mutant::ALL.to_vec(),
+            Some(OneOrAll::One(mutant)) => vec![mutant],
+        }
+    }
+
+    /// The mutant that was asked for by name.
+    fn mutant(&self) -> Option<Mutant> {
+        match self.mutate {
+            Some(OneOrAll::One(mutant)) => Some(mutant),
+            _ => None,
+        }
+    }
+
+    fn types(&self, program: &Program) -> Vec<VmType> {
+        match self.vm_type {
+            None => program.types.clone(),
+            Some(OneOrAll::All) => VmType::ALL.to_vec(),
+            Some(OneOrAll::One(vm_type)) => vec![vm_type],
+        }
+    }
+
+    fn options(&self, mutant: Option<Mutant>) -> Options {
+        Options {
+            limits: Limits { states: self.max_states, memory: self.max_memory.saturating_mul(1 << 20) },
+            reduction: if self.no_reduction { Reduction::Off } else { Reduction::On },
+            mutant,
+            trace: Tracing::Shortest,
+        }
+    }
+}
+
 /// A broken protocol and the programs that catch it.
 struct Hunted {
     mutant: Mutant,
     by: Vec<String>,
 }
 
+/// The command under way.
+struct Run<'a, W> {
+    args: &'a Arguments,
+    out: W,
+    hunted: Vec<Hunted>,
+    drawn: bool,
+}
+
 /// Runs the command.
 pub(crate) fn run(args: &Arguments) -> Result<ExitCode> {
     let mut files = Vec::new();
     for path in &args.paths {
-        collect(path, &mut files)?;
+        let before = files.len();
+        collect(path, &mut files).or_else(|error| refuse(Verdict::Malformed as u8, format!("{error:#}")))?;
+        if files.len() == before {
+            return refuse(Verdict::Malformed as u8, format!("{}: no .litmus file in it", path.display()));
+        }
     }
-    if files.is_empty() {
-        bail!("no .litmus file found");
-    }
+    let hunted = args.mutants().into_iter().map(|mutant| Hunted { mutant, by: Vec::new() }).collect();
+    let mut run = Run { args, out: std::io::stdout().lock(), hunted, drawn: false };
     let mut verdict = Verdict::Holds;
-    let mut hunted: Vec<Hunted> = mutants(args)?.into_iter().map(|mutant| Hunted { mutant, by: Vec::new() }).collect();
     for file in &files {
-        verdict = verdict.and(one(args, file, &mut hunted)?);
+        verdict = verdict.and(run.one(file)?);
     }
     if files.len() > 1 {
-        verdict = verdict.and(summary(args, files.len(), &hunted));
+        verdict = verdict.and(run.summary(files.len())?);
+    }
+    if args.svg.is_some() && !run.drawn {
+        eprintln!("{}", nothing_to_draw(args));
     }
     Ok(ExitCode::from(verdict as u8))
 }
 
-/// The matrix of broken protocols and programs. A folder is a library, which has to catch all of them.
-fn summary(args: &Arguments, programs: usize, hunted: &[Hunted]) -> Verdict {
-    if !args.json {
-        for Hunted { mutant, by } in hunted {
-            println!("{}: caught by {} of {programs} programs: {}", mutant.name(), by.len(), by.join(", "));
-        }
+fn nothing_to_draw(args: &Arguments) -> &'static str {
+    if args.mutate == Some(OneOrAll::All) {
+        "nothing to draw: no interleaving violates anything; of broken protocols only one that is named is drawn (--mutate=NAME)"
+    } else {
+        "nothing to draw: no interleaving violates anything"
     }
-    let missed = hunted.iter().any(|one| one.by.is_empty());
-    if missed && args.paths.iter().any(|path| path.is_dir()) { Verdict::Fails } else { Verdict::Holds }
 }
 
 fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
@@ -130,148 +199,120 @@ fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-fn mutants(args: &Arguments) -> Result<Vec<Mutant>> {
-    match args.mutate.as_deref() {
-        None => Ok(Vec::new()),
-        Some("all") => Ok(Mutant::ALL.to_vec()),
-        Some(name) => {
-            let names = || Mutant::ALL.iter().map(|mutant| mutant.name()).collect::<Vec<_>>().join(", ");
-            let mutant = Mutant::of_name(name);
-            Ok(vec![mutant.with_context(|| format!("no mutant {name}; there are {}", names()))?])
-        }
-    }
+/// The program of a file; says what is wrong with it.
+fn read_program(file: &Path) -> Option<Program> {
+    let path = file.display();
+    let source = fs::read(file).map_err(|error| eprintln!("{path}: {error}")).ok()?;
+    gmem_litmus::parse(&String::from_utf8_lossy(&source)).map_err(|error| eprintln!("{path}:{error}")).ok()
 }
 
-fn types(args: &Arguments, program: &Program) -> Result<Vec<VmType>> {
-    match args.vm_type.as_deref() {
-        None => Ok(program.types.clone()),
-        Some("all") => Ok(VmType::ALL.to_vec()),
-        Some(name) => {
-            let names = || VmType::ALL.iter().map(|one| one.name()).collect::<Vec<_>>().join(", ");
-            let vm_type = VmType::of_name(name);
-            Ok(vec![vm_type.with_context(|| format!("no type {name}; there are {}", names()))?])
+impl<W: Write> Run<'_, W> {
+    fn one(&mut self, file: &Path) -> Result<Verdict> {
+        let Some(program) = read_program(file) else { return Ok(Verdict::Malformed) };
+        if !self.args.json {
+            writeln!(self.out, "{}: {}", file.display(), program.question)?;
         }
+        let types = self.args.types(&program);
+        let (reports, verdict) = self.explore_all(file, &program, &types)?;
+        if reports.len() > 1 && !self.args.json {
+            write!(self.out, "{}", text::side_by_side(&reports))?;
+        }
+        self.draw(file, &program, &reports)?;
+        for at in 0..self.hunted.len() {
+            if self.catches(&program, &types, self.hunted[at].mutant)? {
+                let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                self.hunted[at].by.push(name);
+            }
+        }
+        Ok(verdict)
     }
-}
 
-fn one(args: &Arguments, file: &Path, hunted: &mut [Hunted]) -> Result<Verdict> {
-    let source = match fs::read(file) {
-        Ok(source) => source,
-        Err(error) => {
-            eprintln!("{}: {error}", file.display());
-            return Ok(Verdict::Malformed);
-        }
-    };
-    let program = match gmem_litmus::parse(&String::from_utf8_lossy(&source)) {
-        Ok(program) => program,
-        Err(error) => {
-            eprintln!("{}:{error}", file.display());
-            return Ok(Verdict::Malformed);
-        }
-    };
-    if !args.json {
-        println!("{}: {}", file.display(), program.question);
-    }
-    let types = types(args, &program)?;
-    let (reports, verdict) = explore_all(args, file, &program, &types);
-    if reports.len() > 1 && !args.json {
-        print!("{}", text::side_by_side(&reports));
-    }
-    draw(args, file, &program, &reports)?;
-    for Hunted { mutant, by } in hunted {
-        if catches(args, &program, &types, *mutant) {
-            by.push(file.file_stem().unwrap_or_default().to_string_lossy().into_owned());
-        }
-    }
-    Ok(verdict)
-}
-
-fn options(args: &Arguments, mutant: Option<Mutant>) -> Options {
-    let limits = Limits { states: args.max_states, memory: args.max_memory.saturating_mul(1 << 20) };
-    Options {
-        limits,
-        reduction: if args.no_reduction { Reduction::Off } else { Reduction::On },
-        mutant,
-        trace: Tracing::Shortest,
-    }
-}
-
-/// Types that the program does not name are shown, and judged by nobody: `--type all` asks what happens there.
-fn explore_all(args: &Arguments, file: &Path, program: &Program, types: &[VmType]) -> (Vec<Report>, Verdict) {
-    let (mut reports, mut verdict) = (Vec::new(), Verdict::Holds);
-    for &vm_type in types {
-        let named = program.types.contains(&vm_type);
-        match gmem_litmus::run(program, vm_type, &options(args, None)) {
-            Ok(report) => {
-                print_report(args, program, None, &report);
-                if named {
-                    verdict = verdict.and(Verdict::of(&report));
+    /// Types that the program does not name are shown, and judged by nobody: `--type all` asks what happens there.
+    fn explore_all(&mut self, file: &Path, program: &Program, types: &[VmType]) -> Result<(Vec<Report>, Verdict)> {
+        let (mut reports, mut verdict) = (Vec::new(), Verdict::Holds);
+        for &vm_type in types {
+            let named = program.types.contains(&vm_type);
+            match gmem_litmus::run(program, vm_type, &self.args.options(None)) {
+                Ok(report) => {
+                    self.print_report(program, None, &report)?;
+                    if named {
+                        verdict = verdict.and(Verdict::of(&report));
+                    }
+                    reports.push(report);
                 }
-                reports.push(report);
+                Err(error) if named => {
+                    eprintln!("{} ({}): {error}", file.display(), vm_type.name());
+                    verdict = Verdict::Malformed;
+                }
+                Err(error) if !self.args.json => writeln!(self.out, "{}: cannot start: {error}", vm_type.name())?,
+                Err(_) => {}
             }
-            Err(error) if named => {
-                eprintln!("{} ({}): {error}", file.display(), vm_type.name());
-                verdict = Verdict::Malformed;
+        }
+        Ok((reports, verdict))
+    }
+
+    fn print_report(&mut self, program: &Program, mutant: Option<Mutant>, report: &Report) -> Result<()> {
+        if self.args.json {
+            writeln!(self.out, "{}", serde_json::to_string(&JsonReport::new(program, mutant, report))?)?;
+        } else {
+            write!(self.out, "{}", text::report(program, report))?;
+        }
+        Ok(())
+    }
+
+    /// Whether some condition fails under the mutant; prints what was found. A mutant that was asked for by name shows how.
+    fn catches(&mut self, program: &Program, types: &[VmType], mutant: Mutant) -> Result<bool> {
+        let is_named = self.args.mutant().is_some();
+        let mut by = Vec::new();
+        let mut shown = String::new();
+        for &vm_type in types.iter().filter(|vm_type| program.types.contains(vm_type)) {
+            let trace = if is_named && by.is_empty() { Tracing::Shortest } else { Tracing::None };
+            let options = Options { trace, ..self.args.options(Some(mutant)) };
+            let Ok(report) = gmem_litmus::run(program, vm_type, &options) else { continue };
+            if self.args.json {
+                self.print_report(program, Some(mutant), &report)?;
             }
-            Err(error) if !args.json => println!("{}: cannot start: {error}", vm_type.name()),
-            Err(_) => {}
-        }
-    }
-    (reports, verdict)
-}
-
-fn print_report(args: &Arguments, program: &Program, mutant: Option<Mutant>, report: &Report) {
-    if args.json {
-        let json = serde_json::to_string(&JsonReport::new(program, mutant, report));
-        println!("{}", json.unwrap_or_default());
-    } else {
-        print!("{}", text::report(program, report));
-    }
-}
-
-/// Whether some condition fails under the mutant; prints what was found. A mutant that was asked for by name shows how.
-fn catches(args: &Arguments, program: &Program, types: &[VmType], mutant: Mutant) -> bool {
-    let mut by = Vec::new();
-    let mut shown = String::new();
-    for &vm_type in types.iter().filter(|vm_type| program.types.contains(vm_type)) {
-        let trace = if is_named(args) && by.is_empty() { Tracing::Shortest } else { Tracing::None };
-        let options = Options { trace, ..options(args, Some(mutant)) };
-        let Ok(report) = gmem_litmus::run(program, vm_type, &options) else { continue };
-        if args.json {
-            print_report(args, program, Some(mutant), &report);
-        }
-        if !report.violations.is_empty() {
-            if is_named(args) && by.is_empty() {
-                shown = text::report(program, &report);
+            if !report.violations.is_empty() {
+                if is_named && by.is_empty() {
+                    shown = text::report(program, &report);
+                }
+                by.push(vm_type.name());
             }
-            by.push(vm_type.name());
         }
+        if !self.args.json {
+            let found = if by.is_empty() { "not caught".to_owned() } else { format!("caught on {}", by.join(", ")) };
+            write!(self.out, "  mutant {}: {found}\n{shown}", mutant.name())?;
+        }
+        Ok(!by.is_empty())
     }
-    if !args.json {
-        let found = if by.is_empty() { "not caught".to_owned() } else { format!("caught on {}", by.join(", ")) };
-        println!("  mutant {}: {found}", mutant.name());
-        print!("{shown}");
+
+    /// Draws the first violation of all programs, and none after it.
+    fn draw(&mut self, file: &Path, program: &Program, reports: &[Report]) -> Result<()> {
+        let Some(target) = self.args.svg.as_ref().filter(|_| !self.drawn) else { return Ok(()) };
+        let broken = || self.args.mutant().and_then(|mutant| traced(program, &self.args.options(Some(mutant))));
+        let found = reports.iter().find(|report| !report.trace.is_empty()).cloned().or_else(broken);
+        let Some(report) = found else { return Ok(()) };
+        let title = format!("{} on {}", file.display(), report.vm_type.name());
+        fs::write(target, svg::diagram(program, &title, &report.trace))
+            .with_context(|| format!("cannot write {}", target.display()))?;
+        self.drawn = true;
+        Ok(())
     }
-    !by.is_empty()
+
+    /// The matrix of broken protocols and programs. A folder is a library, which has to catch all of them.
+    fn summary(&mut self, programs: usize) -> Result<Verdict> {
+        for Hunted { mutant, by } in self.hunted.iter().filter(|_| !self.args.json) {
+            let (name, count, by_whom) = (mutant.name(), by.len(), by.join(", "));
+            writeln!(self.out, "{name}: caught by {count} of {programs} programs: {by_whom}")?;
+        }
+        let missed = self.hunted.iter().any(|one| one.by.is_empty());
+        let is_library = self.args.paths.iter().any(|path| path.is_dir());
+        Ok(if missed && is_library { Verdict::Fails } else { Verdict::Holds })
+    }
 }
 
-fn is_named(args: &Arguments) -> bool {
-    args.mutate.as_deref().is_some_and(|name| name != "all")
-}
-
-fn draw(args: &Arguments, file: &Path, program: &Program, reports: &[Report]) -> Result<()> {
-    let Some(target) = &args.svg else { return Ok(()) };
-    let mutant = match args.mutate.as_deref() {
-        Some(name) if name != "all" => Mutant::of_name(name),
-        _ => None,
-    };
-    let broken = mutant.and_then(|_| {
-        let mut all = program.types.iter();
-        all.find_map(|one| gmem_litmus::run(program, *one, &options(args, mutant)).ok().filter(|r| !r.trace.is_empty()))
-    });
-    let found = reports.iter().find(|report| !report.trace.is_empty()).or(broken.as_ref());
-    let Some(report) = found else { return Ok(()) };
-    let title = format!("{} on {}", file.display(), report.vm_type.name());
-    fs::write(target, svg::diagram(program, &title, &report.trace))
-        .with_context(|| format!("cannot write {}", target.display()))
+/// A violation on some type that the program names.
+fn traced(program: &Program, options: &Options) -> Option<Report> {
+    let on = |vm_type: &VmType| gmem_litmus::run(program, *vm_type, options).ok();
+    program.types.iter().filter_map(on).find(|report| !report.trace.is_empty())
 }

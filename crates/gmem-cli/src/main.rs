@@ -12,6 +12,7 @@ mod sigpipe;
 mod types;
 mod vendors;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -56,7 +57,8 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("gmem: {error:#}");
+            // A standard error that takes nothing must not change the exit code.
+            let _ = writeln!(std::io::stderr(), "gmem: {error:#}");
             ExitCode::from(error.downcast_ref::<run::Refused>().map_or(1, run::Refused::exit_code))
         }
     }

@@ -26,7 +26,7 @@ extern "C" fn look() {
 
 /// Lets a closed standard output end this program.
 ///
-/// With the signal ignored `println!` panics, and a command that looks at its errors reports one that is none.
+/// With the signal ignored every command would report an error that is none.
 pub(crate) fn end_by_it() {
     // SAFETY: no handler is installed, the default action is.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };

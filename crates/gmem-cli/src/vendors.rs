@@ -1,5 +1,6 @@
 //! `gmem vendors`: what happens to a guest's memory, per architecture.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -45,11 +46,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     if columns.is_empty() {
         columns.extend(Architecture::ALL);
     }
+    let mut out = std::io::stdout().lock();
     if arguments.json {
         let rows: Vec<_> = Event::ALL.into_iter().map(|event| json_row(event, &columns)).collect();
-        println!("{}", serde_json::to_string_pretty(&rows)?);
+        writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
     } else {
-        print!("{}", table(&columns));
+        write!(out, "{}", table(&columns))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,16 +1,21 @@
-//! A reader that goes away (`gmem … | head`) ends every command as it ends other tools: by SIGPIPE, without a word.
+//! A reader that goes away (`gmem … | head`) ends every command as it ends other tools: by SIGPIPE, without a word. A disk that
+//! is full is an error like any other.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 /// Runs gmem with a standard output that nobody reads; the status and what it says on standard error.
-fn into_closed_pipe(arguments: &[&str]) -> (std::process::ExitStatus, String) {
+fn into_closed_pipe(arguments: &[&str]) -> (ExitStatus, String) {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
+    into(writer, arguments)
+}
+
+fn into(stdout: impl Into<Stdio>, arguments: &[&str]) -> (ExitStatus, String) {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let mut command = Command::new(env!("CARGO_BIN_EXE_gmem"));
-    let output = command.args(arguments).current_dir(repository).stdin(Stdio::null()).stdout(writer).output().unwrap();
+    let output = command.args(arguments).current_dir(repository).stdin(Stdio::null()).stdout(stdout).output().unwrap();
     (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
@@ -37,4 +42,30 @@ fn every_command_that_prints_ends_by_the_signal() {
 fn the_demonstration_does_not_panic() {
     let (status, said) = into_closed_pipe(&["demo"]);
     assert!(!status.success() && !said.contains("panicked"), "{status}: {said}");
+}
+
+#[test]
+fn a_full_disk_is_an_error_of_every_command() {
+    let steps = Path::new(env!("CARGO_TARGET_TMPDIR")).join("full-disk.json");
+    std::fs::write(&steps, r#"[{"op": "realm_create", "hash_algo": 0}]"#).unwrap();
+    for arguments in [
+        &["vendors"][..],
+        &["vendors", "--json"],
+        &["check", "vectors/tdx_mrtd.json"],
+        &["check", "--json", "vectors/tdx_mrtd.json"],
+        &["litmus", "litmus/attribute-decides.litmus"],
+        &["litmus", "--json", "litmus/attribute-decides.litmus"],
+        &["litmus", "--mutate", "--type=all", "litmus/attribute-decides.litmus"],
+        &["probe"],
+        &["probe", "--json"],
+        &["demo", "--core"],
+        &["demo", "--core", "--json"],
+        &["measure", "cca", steps.to_str().unwrap()],
+        &["measure", "cca", "--json", steps.to_str().unwrap()],
+    ] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let (status, said) = into(full, arguments);
+        assert_eq!(status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(said.contains("gmem: No space left on device"), "{arguments:?}: {said}");
+    }
 }

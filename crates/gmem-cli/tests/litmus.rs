@@ -91,7 +91,6 @@ fn exit_codes_tell_how_it_ended() {
     assert_eq!(code(&["nowhere.litmus"]), Some(2));
     assert_eq!(code(&["--max-states", "5", "holds.litmus"]), Some(3));
     assert_eq!(code(&["--max-states", "5", "fails.litmus", "malformed.litmus"]), Some(2));
-    assert_eq!(code(&["--type", "vax", "holds.litmus"]), Some(1));
     let message = litmus(&folder, &["malformed.litmus"]).stderr;
     let message = String::from_utf8_lossy(&message);
     assert!(message.starts_with("malformed.litmus:8:14: expected a register of `a`: r0, found `r1`"), "{message}");
@@ -115,4 +114,61 @@ fn every_type_is_shown_and_only_the_named_ones_are_judged() {
     let reports: Vec<serde_json::Value> = json.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(reports.iter().filter(|report| report["named"] == true && report["holds"] == true).count(), 1);
     assert_eq!(reports.len(), 8);
+}
+
+const HOLDS: &str =
+    "question: how\ntype: sw-protected\nslot 0: gfn 0..4\nvcpu a:\n    load 0 -> r0\nvcpu b:\n    store 0 = x\n";
+
+#[test]
+fn a_wrong_command_line_is_told_from_a_failing_condition_before_anything_is_shown() {
+    let folder = folder("usage");
+    fs::write(folder.join("holds.litmus"), HOLDS).unwrap();
+    fs::create_dir(folder.join("empty")).unwrap();
+    for (args, word) in [
+        (&["--type", "vax", "holds.litmus"][..], "sw-protected"),
+        (&["--mutate=nothing", "holds.litmus"], "other-bindings"),
+        (&["holds.litmus", "empty"], "empty: no .litmus file in it"),
+    ] {
+        let output = litmus(&folder, args);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), stdout(&output).as_str()), (Some(2), ""), "{args:?}: {said}");
+        assert!(said.contains(word), "{args:?}: {said}");
+    }
+}
+
+#[test]
+fn a_drawing_is_that_of_the_first_violation_and_where_there_is_none_that_is_said() {
+    let folder = folder("drawing");
+    fs::write(folder.join("a.litmus"), HOLDS).unwrap();
+    let draw = |args: &[&str]| {
+        let output = litmus(&folder, &[&["--svg", "race.svg"], args].concat());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    assert!(draw(&["a.litmus"]).starts_with("nothing to draw: "));
+    assert!(draw(&["--mutate", "a.litmus"]).contains("--mutate=NAME"));
+    assert!(!folder.join("race.svg").exists());
+    for name in ["b.litmus", "c.litmus"] {
+        fs::write(folder.join(name), format!("{HOLDS}forbidden: a.r0 = x\n")).unwrap();
+    }
+    assert_eq!(draw(&["a.litmus", "b.litmus", "c.litmus"]), "");
+    let drawn = fs::read_to_string(folder.join("race.svg")).unwrap();
+    assert!(drawn.contains("b.litmus") && !drawn.contains("c.litmus"), "{drawn}");
+}
+
+/// The library's own programs hold, so that only a broken protocol has a drawing.
+#[test]
+fn the_drawing_of_the_readme_is_drawn() {
+    let readme = include_str!("../../../README.md");
+    let command = readme.lines().find_map(|line| line.strip_prefix("    gmem litmus --mutate=")).unwrap();
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let target = folder("readme").join("race.svg");
+    let command = format!("--mutate={}", command.replace("race.svg", target.to_str().unwrap()));
+    let output = litmus(&repository, &command.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(fs::read_to_string(target).unwrap().starts_with("<svg"));
+}
+
+#[test]
+fn help_tells_the_exit_codes() {
+    assert!(stdout(&litmus(Path::new("."), &["--help"])).contains("Exits with"));
 }

@@ -170,7 +170,7 @@ fn case(random: &mut Random, boot_files: &[String], ovmf_hash: &str) -> Case {
     let (mode, subcommand) = random.pick(&[("snp", "snp"), ("snp", "snp"), ("seves", "sev-es"), ("sev", "sev")]);
     let mut options = Vec::new();
     if mode != "sev" {
-        options.extend(words(&format!("--vcpus {}", random.pick(&[0, 1, 2, 3, 17, 64]))));
+        options.extend(words(&format!("--vcpus {}", random.pick(&[1, 2, 3, 17, 64]))));
         options.extend(words(random.pick(&CPUS)));
         random.maybe(&mut options, &["--vmm-type QEMU", "--vmm-type ec2", "--vmm-type gce"]);
     }
@@ -278,10 +278,12 @@ fn an_image_without_one_measures_or_is_refused_as_sev_snp_measure_does() {
 
 #[test]
 fn dumped_save_areas_are_those_of_sev_snp_measure() {
-    let (Ok(tool), Some(image)) = (tool(), PLAIN_IMAGES.iter().map(Path::new).find(|path| path.is_file())) else {
-        return eprintln!(
-            "skipped: sev-snp-measure from the Python package index, or an OVMF image (package ovmf), is missing"
-        );
+    let Some(image) = PLAIN_IMAGES.iter().map(Path::new).find(|path| path.is_file()) else {
+        return eprintln!("skipped: no OVMF image (Debian package ovmf)");
+    };
+    let tool = match tool() {
+        Ok(tool) => tool,
+        Err(missing) => return eprintln!("skipped: sev-snp-measure cannot be installed without {missing}"),
     };
     for (mode, subcommand, vmm) in [("snp", "snp", "QEMU"), ("snp", "snp", "ec2"), ("seves", "sev-es", "gce")] {
         let dump = |command: &mut Command, name: &str| {

@@ -2,6 +2,9 @@
 //! part in the environment; it uses libc only and knows nothing of gmem.
 
 use std::ffi::{c_int, c_ulong};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 const PART: &str = "GMEM_TEST_PART";
@@ -12,7 +15,7 @@ fn gmem() -> Command {
 
 /// Whether there is a KVM to run anything with; says so if not.
 fn has_kvm() -> bool {
-    let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    let open = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
     if open.is_err() {
         eprintln!("skipped: /dev/kvm is missing or cannot be opened");
     }
@@ -88,17 +91,131 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
+/// That `gmem run ARGUMENTS` ends with this code, shows nothing, and says this.
+#[track_caller]
+fn refuses(arguments: &[&str], code: i32, why: &str) {
+    let output = gmem().arg("run").args(arguments).stdin(Stdio::null()).output().unwrap();
+    assert_eq!(output.status.code(), Some(code), "{}", text(&output));
+    assert!(output.stdout.is_empty(), "{output:?}");
+    let said = text(&output);
+    assert!(said.starts_with("gmem: ") && said.contains(why), "does not say {why:?}: {said}");
+}
+
+#[track_caller]
+fn refuses_program(program: &Path, code: i32, why: &str) {
+    refuses(&["--", program.to_str().unwrap()], code, why);
+}
+
+/// A folder of one test's own.
+fn folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("run-{name}"));
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+fn file(path: &Path, content: &[u8], mode: u32) {
+    fs::write(path, content).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// A program for x86-64 that names no dynamic linker: nothing but one segment, of `exit(0)`.
+fn static_program() -> Vec<u8> {
+    const BASE: u64 = 0x40_0000;
+    let code = [0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05]; // mov eax, 60; xor edi, edi; syscall
+    let size = 64 + 56 + code.len() as u64;
+    let mut bytes = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let halves = |all: &[u16]| all.iter().flat_map(|half| half.to_le_bytes()).collect::<Vec<_>>();
+    let words = |all: &[u64]| all.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+    bytes.extend(halves(&[2, 62, 1, 0])); // ET_EXEC, EM_X86_64, EV_CURRENT
+    bytes.extend(words(&[BASE + 64 + 56, 64, 0])); // entry, program headers, section headers
+    bytes.extend(halves(&[0, 0, 64, 56, 1, 64, 0, 0]));
+    bytes.extend(halves(&[1, 0, 5, 0])); // PT_LOAD, read and execute
+    bytes.extend(words(&[0, BASE, BASE, size, size, 4096]));
+    bytes.extend(code);
+    bytes
+}
+
 #[test]
-fn what_cannot_be_run_is_refused_with_a_reason_before_anything_starts() {
-    let run = |arguments: &[&str]| gmem().arg("run").args(arguments).stdin(Stdio::null()).output().unwrap();
-    let missing = run(&["--", "./no-such-program"]);
-    assert_eq!(missing.status.code(), Some(127), "{}", text(&missing));
-    let data = run(&["--", "/etc/passwd"]);
-    assert_eq!(data.status.code(), Some(126), "{}", text(&data));
-    for (arguments, word) in [(["--profile", "linux-1.0"], "linux-6.12"), (["--types", "itanium"], "sw-protected")] {
-        let refused = run(&[arguments[0], arguments[1], "--", "true"]);
-        assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
-        assert!(text(&refused).contains(word), "does not say what there is: {}", text(&refused));
+fn what_cannot_be_executed_is_refused_with_a_reason_before_anything_starts() {
+    let folder = folder("refused");
+    let data = folder.join("data");
+    file(&data, b"hello", 0o644);
+    refuses(&["--", "./no-such-program"], 127, "no such file");
+    refuses(&["--", "no-such-program"], 127, "not found in PATH");
+    refuses_program(&folder, 126, "is a directory");
+    refuses_program(&data, 126, "is not executable");
+    file(&data, b"hello", 0o755);
+    refuses_program(&data, 126, "is not a program for x86-64 Linux");
+    file(&data, b"#!/no/such/interpreter -x\n", 0o755);
+    refuses_program(&data, 126, "its interpreter /no/such/interpreter does not exist");
+}
+
+#[test]
+fn static_programs_are_refused_also_where_a_script_names_them() {
+    let folder = folder("static");
+    let (program, script) = (folder.join("program"), folder.join("script"));
+    file(&program, &static_program(), 0o755);
+    refuses_program(&program, 126, "is statically linked");
+    let name = program.display();
+    for line in [format!("#!{name}"), format!("#! {name} -x"), format!("#!/usr/bin/env {name}")] {
+        file(&script, format!("{line}\n").as_bytes(), 0o755);
+        refuses_program(&script, 126, &format!("{name}: is statically linked"));
+    }
+}
+
+#[test]
+fn programs_that_gain_privileges_are_refused() {
+    // SAFETY: a number.
+    if unsafe { libc::geteuid() } != 0 {
+        return eprintln!("skipped: only root can give a file to another user");
+    }
+    let program = folder("privileges").join("true");
+    let of = |user, group, mode| {
+        fs::copy("/usr/bin/true", &program).unwrap();
+        std::os::unix::fs::chown(&program, Some(user), Some(group)).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    of(65534, 0, 0o4755);
+    refuses_program(&program, 126, "is set-user-ID");
+    of(0, 65534, 0o2755);
+    refuses_program(&program, 126, "is set-group-ID");
+}
+
+#[test]
+fn wrong_types_and_profiles_are_refused_with_those_that_there_are() {
+    refuses(&["--types", "itanium", "--", "true"], 2, "there are default, sw-protected");
+    refuses(&["--types", "snp", "--", "true"], 2, "yet; there are default, sw-protected");
+    refuses(&["--types", "", "--", "true"], 2, "a name is missing; there are default, sw-protected");
+    if has_kvm() {
+        refuses(&["--profile", "linux-1.0", "--", "true"], 2, "linux-6.12");
+    }
+}
+
+/// In a mount namespace of its own, so that nobody else loses the device.
+#[test]
+fn a_device_that_is_not_kvms_is_refused() {
+    // SAFETY: a number.
+    let option = if unsafe { libc::geteuid() } == 0 { "-m" } else { "-rm" };
+    let script = "mount --bind /dev/null /dev/kvm || exit 77; exec \"$0\" run -- true";
+    let unshare = |words: &[&str]| Command::new("unshare").arg(option).args(words).stdin(Stdio::null()).output();
+    if !unshare(&["true"]).is_ok_and(|output| output.status.success()) {
+        return eprintln!("skipped: unshare(1) may not make a mount namespace");
+    }
+    let output = unshare(&["sh", "-c", script, env!("CARGO_BIN_EXE_gmem")]).unwrap();
+    if output.status.code() == Some(77) {
+        return eprintln!("skipped: no mount over /dev/kvm: {}", text(&output));
+    }
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    assert!(text(&output).contains("/dev/kvm is something else than KVM's device"), "{output:?}");
+}
+
+/// The short help has no room for them, and once was all that there was.
+#[test]
+fn help_tells_the_exit_codes() {
+    for command in ["run", "probe", "check"] {
+        let help = gmem().args([command, "--help"]).output().unwrap();
+        assert!(String::from_utf8_lossy(&help.stdout).contains("Exits with"), "{command}: {help:?}");
     }
 }
 

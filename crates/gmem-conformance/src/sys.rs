@@ -254,7 +254,7 @@ pub(crate) unsafe fn munmap(addr: usize, len: usize) {
 }
 
 /// The signed form in which libc takes file offsets; the bits are the caller's.
-#[allow(clippy::cast_possible_wrap)]
+#[allow(clippy::cast_possible_wrap, reason = "offsets that the kernel must refuse are negative there")]
 pub(crate) const fn off(offset: u64) -> i64 {
     offset as i64
 }

@@ -58,7 +58,7 @@ pub static PROFILES: [Profile; 3] = [
     },
     Profile {
         name: "linux-7.3",
-        about: "Linux 7.2 and 7.3: as 6.18, with EEXIST for file pages that are bound already",
+        about: "Linux 7.0 and later: as 6.18, with EEXIST for file pages that are bound already",
         since: (7, 0),
         file_name: "/[kvm-gmem] (deleted)",
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),

@@ -19,7 +19,13 @@ use crate::sys;
 ///
 /// Without a command: builds them once and prints the folder that they are in.
 #[derive(clap::Args, Debug)]
-#[command(args_conflicts_with_subcommands = true)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:\n  \
+    cargo xtask selftests\n  \
+    cargo xtask selftests --release 7.3 --out target/selftests-7.3\n  \
+    cargo xtask selftests run --under native,gmem"
+)]
 pub(crate) struct Args {
     #[command(subcommand)]
     step: Option<Step>,

@@ -489,7 +489,7 @@ mod tests {
         assert!(cases.len() >= at_least, "only {} cases", cases.len());
         for case in cases {
             if let Err(mismatch) = &case.outcome {
-                panic!("{}\n  recorded {}\n  modelled {}", case.name, mismatch.expected, mismatch.got);
+                panic!("{}\n  recorded {:?}\n  modelled {}", case.name, mismatch.expected, mismatch.got);
             }
         }
     }

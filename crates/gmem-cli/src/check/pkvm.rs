@@ -149,7 +149,7 @@ mod tests {
         assert_eq!(cases.len(), 107);
         for case in cases {
             if let Err(mismatch) = &case.outcome {
-                panic!("{}\n  recorded {}\n  modelled {}", case.name, mismatch.expected, mismatch.got);
+                panic!("{}\n  recorded {:?}\n  modelled {}", case.name, mismatch.expected, mismatch.got);
             }
         }
     }

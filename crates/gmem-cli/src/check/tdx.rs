@@ -61,7 +61,7 @@ mod tests {
         let cases = cases.expect("shape not recognised");
         for case in &cases {
             if let Err(Mismatch { expected, got }) = &case.outcome {
-                panic!("{}: recorded {expected}, modelled {got}", case.name);
+                panic!("{}: recorded {expected:?}, modelled {got}", case.name);
             }
         }
         assert!(cases.len() >= at_least, "only {} cases", cases.len());

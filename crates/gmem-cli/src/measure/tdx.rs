@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use gmem_core::measure::igvm::Igvm;
 use gmem_core::measure::tdx::{MeasuredPage, Mrtd, measure_tdvf};
-use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
-use super::cca::parse_number;
+use super::cca::{self, parse_number};
 use super::read_image;
 use super::report::{OutputArgs, Report, stdout};
 
@@ -64,51 +63,93 @@ fn measure(source: &Source, on_page: &mut dyn FnMut(MeasuredPage)) -> Result<[u8
     measure_tdvf(&bytes, on_page).with_context(named)
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum PageList {
-    Bare(Vec<Page>),
-    Named { ops: Vec<Page> },
+/// An entry of a list.
+struct Page {
+    gpa: u64,
+    measure: bool,
+    content: Content,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Page {
-    gpa: String,
-    measure: bool,
-    content: Option<String>,
-    file: Option<PathBuf>,
-    #[serde(default)]
-    offset: u64,
+enum Content {
+    /// The same byte everywhere.
+    All(u8),
+    /// One page of a file, from an offset.
+    File(PathBuf, u64),
+}
+
+const FIELDS: [&str; 5] = ["gpa", "measure", "content", "file", "offset"];
+
+impl Page {
+    fn new(entry: &Value) -> Result<Self> {
+        let fields = entry.as_object().context("not an object")?;
+        if let Some(name) = fields.keys().find(|name| !FIELDS.contains(&name.as_str())) {
+            bail!("there is no field {name:?}, only {}", FIELDS.join(", "));
+        }
+        let gpa = number(fields, "gpa")?.context("\"gpa\" is missing")?;
+        ensure!(gpa % 4096 == 0, "\"gpa\" is {}, not the address of a page", fields["gpa"]);
+        let measure = fields.get("measure").context("\"measure\" is missing")?;
+        let measure = measure.as_bool().with_context(|| format!("\"measure\" is {measure}, not true or false"))?;
+        Ok(Self { gpa, measure, content: Content::new(fields)? })
+    }
+
+    fn bytes(&self, folder: &Path) -> Result<[u8; 4096]> {
+        match &self.content {
+            Content::All(byte) => Ok([*byte; 4096]),
+            Content::File(file, offset) => from_file(&folder.join(file), *offset),
+        }
+    }
+}
+
+impl Content {
+    fn new(fields: &Map<String, Value>) -> Result<Self> {
+        match (text(fields, "content")?, text(fields, "file")?) {
+            (Some(_), Some(_)) => bail!("both \"content\" and \"file\""),
+            (Some(content), None) => Self::all(content),
+            (None, Some(file)) => Ok(Self::File(file.into(), number(fields, "offset")?.unwrap_or(0))),
+            (None, None) => Ok(Self::All(0)),
+        }
+    }
+
+    fn all(content: &str) -> Result<Self> {
+        let byte = content.strip_prefix("all ").and_then(parse_number).and_then(|byte| u8::try_from(byte).ok());
+        byte.map(Self::All)
+            .with_context(|| format!("\"content\" is {content:?}, not \"all \" and a byte, such as \"all 0x5a\""))
+    }
+}
+
+/// A field that may be null, as if it were not there.
+fn optional<'f>(fields: &'f Map<String, Value>, name: &str) -> Option<&'f Value> {
+    fields.get(name).filter(|value| !value.is_null())
+}
+
+fn number(fields: &Map<String, Value>, name: &str) -> Result<Option<u64>> {
+    let read = |value| cca::number(value).with_context(|| format!("{name:?} is {value}, not a number"));
+    optional(fields, name).map(read).transpose()
+}
+
+fn text<'f>(fields: &'f Map<String, Value>, name: &str) -> Result<Option<&'f str>> {
+    let read = |value: &'f Value| value.as_str().with_context(|| format!("{name:?} is {value}, not a string"));
+    optional(fields, name).map(read).transpose()
+}
+
+/// The entries of a list, or of an object whose `ops` is one.
+fn entries(file: &Value) -> Result<Vec<Page>> {
+    let list = file.get("ops").unwrap_or(file).as_array().context("not a list of pages")?;
+    let page = |(at, entry)| Page::new(entry).with_context(|| format!("entry {at}"));
+    (1..).zip(list).map(page).collect()
 }
 
 fn measure_list(list: &Path, on_page: &mut dyn FnMut(MeasuredPage)) -> Result<[u8; 48]> {
-    let text = std::fs::read_to_string(list).with_context(|| list.display().to_string())?;
-    let (PageList::Bare(pages) | PageList::Named { ops: pages }) =
-        serde_json::from_str(&text).with_context(|| format!("{}: not a list of pages", list.display()))?;
+    let named = || list.display().to_string();
+    let text = std::fs::read_to_string(list).with_context(named)?;
+    let pages = serde_json::from_str(&text).map_err(Into::into).and_then(|file| entries(&file)).with_context(named)?;
+    let folder = list.parent().unwrap_or(Path::new(""));
     let mut mrtd = Mrtd::new();
     for page in &pages {
-        let gpa = number(&page.gpa)?;
-        if gpa % 4096 != 0 {
-            bail!("{}: not the address of a page", page.gpa);
-        }
-        mrtd.page(gpa, page.measure.then_some(&contents(page, list)?));
-        on_page(MeasuredPage { gpa, extended: page.measure, digest: mrtd.digest() });
+        mrtd.page(page.gpa, page.measure.then_some(&page.bytes(folder)?));
+        on_page(MeasuredPage { gpa: page.gpa, extended: page.measure, digest: mrtd.digest() });
     }
     Ok(mrtd.digest())
-}
-
-fn contents(page: &Page, list: &Path) -> Result<[u8; 4096]> {
-    match (&page.content, &page.file) {
-        (Some(_), Some(_)) => bail!("{}: both content and file", page.gpa),
-        (Some(content), None) => {
-            let byte =
-                content.strip_prefix("all ").with_context(|| format!("content {content:?}: not \"all 0x..\""))?;
-            Ok([u8::try_from(number(byte)?).context("content is more than a byte")?; 4096])
-        }
-        (None, Some(file)) => from_file(&list.parent().unwrap_or(Path::new("")).join(file), page.offset),
-        (None, None) => Ok([0; 4096]),
-    }
 }
 
 /// One page of a file; zeros where the file ends early.
@@ -121,10 +162,6 @@ fn from_file(path: &Path, offset: u64) -> Result<[u8; 4096]> {
     ensure!(!bytes.is_empty(), "{}: ends before {offset:#x}", path.display());
     page.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
     Ok(page)
-}
-
-fn number(text: &str) -> Result<u64> {
-    parse_number(text).with_context(|| format!("{text:?} is not a number"))
 }
 
 #[cfg(test)]
@@ -168,9 +205,21 @@ mod tests {
 
     #[test]
     fn lists_that_make_no_sense_are_refused() {
-        assert!(measure("gpa", r#"[{"gpa": "0x10", "measure": true}]"#).0.is_err());
-        assert!(measure("both", r#"[{"gpa": "0", "measure": true, "content": "all 0x1", "file": "x"}]"#).0.is_err());
-        assert!(measure("byte", r#"[{"gpa": "0", "measure": true, "content": "all 0x100"}]"#).0.is_err());
+        for (list, problem) in [
+            (r#"7"#, "not a list of pages"),
+            (r#"[{"gpa": "0", "measure": true}, 7]"#, "entry 2: not an object"),
+            (r#"[{"gpa": "0x10", "measure": true}]"#, r#"entry 1: "gpa" is "0x10", not the address of a page"#),
+            (r#"[{"measure": true}]"#, r#"entry 1: "gpa" is missing"#),
+            (r#"[{"gpa": "x", "measure": true}]"#, r#"entry 1: "gpa" is "x", not a number"#),
+            (r#"[{"gpa": "0"}]"#, r#"entry 1: "measure" is missing"#),
+            (r#"[{"gpa": "0", "measure": 1}]"#, r#"entry 1: "measure" is 1, not true or false"#),
+            (r#"[{"gpa": "0", "measure": true, "contents": "all 0x1"}]"#, r#"entry 1: there is no field "contents""#),
+            (r#"[{"gpa": "0", "measure": true, "content": "all 0x1", "file": "x"}]"#, r#"both "content" and "file""#),
+            (r#"[{"gpa": "0", "measure": true, "content": "all 0x100"}]"#, r#"entry 1: "content" is "all 0x100", not"#),
+        ] {
+            let error = format!("{:#}", measure("wrong", list).0.unwrap_err());
+            assert!(error.contains(problem), "{list}: {error}");
+        }
         assert!(measure("ops", r#"{"ops": [{"gpa": "4096", "measure": false}]}"#).0.is_ok());
     }
 

@@ -194,7 +194,10 @@ impl World {
 }
 
 /// The field of 32 bits that an operation's number goes into.
-#[allow(clippy::cast_possible_truncation)]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "an operation's number is any 64 bits; the field takes the low ones"
+)]
 fn low(number: u64) -> u32 {
     number as u32
 }

@@ -100,12 +100,6 @@ impl RunArea {
         self.set(offset::FAULT_SIZE, size);
     }
 
-    /// Whether the exit is `KVM_EXIT_MEMORY_FAULT`.
-    #[must_use]
-    pub fn is_memory_fault(&self) -> bool {
-        self.get::<u32>(offset::EXIT_REASON) == KVM_EXIT_MEMORY_FAULT
-    }
-
     /// Whether the exit says that KVM could not emulate the instruction at RIP, as when it could not fetch it. Only
     /// meaningful after `KVM_RUN` returned 0.
     #[must_use]
