@@ -170,7 +170,7 @@ fn case(random: &mut Random, boot_files: &[String], ovmf_hash: &str) -> Case {
     let (mode, subcommand) = random.pick(&[("snp", "snp"), ("snp", "snp"), ("seves", "sev-es"), ("sev", "sev")]);
     let mut options = Vec::new();
     if mode != "sev" {
-        options.extend(words(&format!("--vcpus {}", random.pick(&[1, 2, 3, 17, 64]))));
+        options.extend(words(&format!("--vcpus {}", random.pick(&[0, 1, 2, 3, 17, 64]))));
         options.extend(words(random.pick(&CPUS)));
         random.maybe(&mut options, &["--vmm-type QEMU", "--vmm-type ec2", "--vmm-type gce"]);
     }
