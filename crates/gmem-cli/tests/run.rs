@@ -44,7 +44,11 @@ fn client() {
         Ok("descriptor") => parts::descriptor_has_no_content(),
         Ok("seccomp") => parts::strict_filter(),
         Ok("closing") => parts::closes_everything(),
-        Ok("fork") => parts::forks(),
+        Ok("fork") => {
+            parts::forks();
+            parts::a_child_closes_its_parents_vm();
+            parts::a_child_of_vfork_has_its_own_descriptors();
+        }
         Ok("pointers") => parts::bad_pointers(),
         Ok("interrupt") => parts::a_long_call_ends_at_a_signal(),
         Ok("limits") => parts::limits_leave_nothing_behind(),
@@ -482,6 +486,50 @@ mod parts {
             all.drain(..2).for_each(|fd| assert_eq!(libc::close(fd), 0));
         }
         ioctl(vm, KVM_CREATE_VCPU, 0).expect("the vCPU that could not be made before");
+    }
+
+    /// Where the parent has windows, a child has nothing, until it maps something there.
+    pub(super) fn a_child_closes_its_parents_vm() {
+        const LEN: usize = 64 << 20;
+        let vm = protected_vm();
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: new mappings, of which the child writes its own; the child makes system calls and exits.
+        let child = unsafe {
+            let ram = libc::mmap(std::ptr::null_mut(), LEN, prot, flags, -1, 0);
+            assert_ne!(ram, libc::MAP_FAILED);
+            let claim = [0, 0, LEN as u64, ram.addr() as u64];
+            ioctl(vm, KVM_SET_USER_MEMORY_REGION, claim.as_ptr().addr()).expect("a slot");
+            let child = libc::fork();
+            if child == 0 {
+                let own = libc::mmap(std::ptr::null_mut(), 2 * LEN, prot, flags, -1, 0);
+                libc::memset(own, 1, 2 * LEN);
+                libc::close(vm);
+                let bytes = std::slice::from_raw_parts(own.cast::<u8>(), 2 * LEN);
+                libc::_exit(if bytes.iter().step_by(4096).all(|byte| *byte == 1) { 0 } else { 2 });
+            }
+            child
+        };
+        let mut status = 0;
+        // SAFETY: a child of this process.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert_eq!(status, 0, "the child must keep what it maps");
+    }
+
+    pub(super) fn a_child_of_vfork_has_its_own_descriptors() {
+        let vm = protected_vm();
+        // SAFETY: the child makes one system call and exits.
+        #[expect(deprecated, reason = "children of vfork are what is tested")]
+        let child = unsafe { libc::vfork() };
+        if child == 0 {
+            // SAFETY: numbers; descriptors of the child.
+            unsafe {
+                libc::dup2(2, vm);
+                libc::_exit(0);
+            }
+        }
+        // SAFETY: a child of this process.
+        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+        set_private(vm).expect("the parent's descriptor is a VM still");
     }
 
     pub(super) fn bad_pointers() {

@@ -315,6 +315,18 @@ fn prefaulting() {
     assert_eq!(prefault(1 << 30, 4 * PAGE, 0), (Ok(0), (1 << 30) + 2 * PAGE, 2 * PAGE));
     let gone = (1 << 30) + 2 * PAGE;
     assert_eq!(prefault(gone, PAGE, 0), (Err(Errno::FAULT), gone, PAGE));
+    // It comes back, and can be read in the end.
+    let (at, len) = (usize::try_from(half + 2 * PAGE).expect("64 bits"), usize::try_from(2 * PAGE).expect("64 bits"));
+    let (place, flags) = (std::ptr::without_provenance_mut(at), MapFlags::PRIVATE | MapFlags::FIXED);
+    // SAFETY: address space of the test that was unmapped above.
+    unsafe { rustix::mm::mmap_anonymous(place, len, ProtFlags::empty(), flags) }.expect("free");
+    client.process.mapping_changed(at, len);
+    assert_eq!(prefault(gone, PAGE, 0).0, Err(Errno::FAULT), "not readable");
+    let prot = rustix::mm::MprotectFlags::READ | rustix::mm::MprotectFlags::WRITE;
+    // SAFETY: mapped a moment ago; no reference points to it.
+    unsafe { rustix::mm::mprotect(place, len, prot) }.expect("mapped");
+    client.process.protection_changed(at, len);
+    assert_eq!(prefault(gone, 2 * PAGE, 0).0, Ok(0));
     client.close(fd);
     assert_eq!(prefault(0, PAGE, 0).0, Err(Errno::FAULT), "the file is gone");
     [vcpu, vm].into_iter().for_each(|fd| client.close(fd));
