@@ -8,8 +8,8 @@ use gmem_core::arch::Arch;
 use gmem_core::file::{AllocateError, CreateError, FileFlags, FileId, GetPageError};
 use gmem_core::invalidate::Filter;
 use gmem_core::ops::{
-    Access, Action, ConvertError, ConvertInPlace, DirectMap, Fault, FaultEnd, Lock, MemoryFailure, Origin, Pages,
-    PopulatePage, PunchError, PunchHole, RestoreTemporarily, run,
+    Access, Action, ConvertError, ConvertInPlace, DirectMap, Fault, FaultEnd, Lock, MemoryFailure, Operation, Origin,
+    Pages, PopulatePage, PunchError, PunchHole, RestoreTemporarily, Step, run,
 };
 use gmem_core::vendor::{AccessKind, HostOutcome, PopulateKind, Side};
 use gmem_core::vm::{DirectMapFlush, FileFilter, Rules, Tracking, Unbacked, View, Vm};
@@ -503,4 +503,20 @@ fn the_file_decides_what_snp_makes_private() {
         assert!(matches!(end, FaultEnd::Mapped(mapping) if mapping.side == side), "{end:?}");
         assert_eq!(vm.arch.host_access(id.pfn(PageIndex(gfn)), AccessKind::Store), HostOutcome::Fault, "{side:?}");
     }
+}
+
+/// In place the access was compared before the file was locked. A conversion in between gave the page to the host, and the fault
+/// finds out only when it is about to map.
+#[test]
+fn a_stale_fault_takes_no_converted_page_from_the_host() {
+    let rules = Rules { tracking: Tracking::InPlace, ..Rules::default() };
+    let (mut vm, mut machine) = (Vm::new(Arch::snp(), rules), Machine::default());
+    let id = file(&mut vm, 1, FileFlags::MMAP);
+    machine.set_region(&mut vm, private_claim(0, 0, 1, id, 0)).expect("valid");
+    let access = Access { gfn: Gfn(0), claimed: Side::Private };
+    let mut fault = Fault::new(access, Origin::Guest);
+    while fault.step(&mut vm) != Step::Do(Action::Lock(Lock::FileShared(id))) {}
+    machine.run(&mut vm, &mut ConvertInPlace::new(id, pages(0, 1), Side::Shared)).expect("to shared");
+    assert_eq!(run(&mut fault, &mut vm, |_, _, _| {}), FaultEnd::Retry);
+    assert_eq!(vm.arch.host_access(id.pfn(PageIndex(0)), AccessKind::Store), HostOutcome::Plain);
 }
