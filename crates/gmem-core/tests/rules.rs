@@ -520,3 +520,16 @@ fn a_stale_fault_takes_no_converted_page_from_the_host() {
     assert_eq!(run(&mut fault, &mut vm, |_, _, _| {}), FaultEnd::Retry);
     assert_eq!(vm.arch.host_access(id.pfn(PageIndex(0)), AccessKind::Store), HostOutcome::Plain);
 }
+
+/// `kvm_gmem_punch_hole()` takes the folio out of the file whoever holds it, and a conversion counts references of what is there.
+#[test]
+fn a_reference_to_a_punched_page_is_none_to_its_place() {
+    let rules = Rules { tracking: Tracking::InPlace, ..Rules::default() };
+    let (mut vm, mut machine, id) = private_vm(4, FileFlags::MMAP | FileFlags::INIT_SHARED, rules);
+    vm.file_mut(id).expect("open").set_referenced(pages(0, 2), true);
+    machine.run(&mut vm, &mut PunchHole::new(id, pages(0, 1))).expect("no large folio");
+    let mut convert =
+        |index| machine.run(&mut vm, &mut ConvertInPlace::new(id, pages(index, index + 1), Side::Private));
+    assert_eq!(convert(0), Ok(()));
+    assert_eq!(convert(1), Err(ConvertError::Referenced(PageIndex(1))));
+}
