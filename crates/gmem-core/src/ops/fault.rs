@@ -1,6 +1,7 @@
+use super::direct_map::hide_folio;
 use super::{Action, DirectMap, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::{Gfn, IndexRange, Level, PageIndex, PageNumber, Pfn};
-use crate::file::{FileFlags, FileId, GetPageError};
+use crate::file::{FileId, GetPageError};
 use crate::invalidate::Snapshot;
 use crate::slot::SlotId;
 use crate::vendor::{Mapping, Refusal, Side};
@@ -259,12 +260,7 @@ impl Fault {
 
     /// After the page was prepared, because preparation may need the direct map; every page of the folio, not one.
     fn leave_direct_map(&mut self, vm: &mut Vm, snapshot: Snapshot, target: Target, taken: Taken) -> Step<FaultEnd> {
-        let hidden = taken.page.and_then(|(file, _, folio)| {
-            let inode = vm.files.get_mut(&file)?;
-            let leaves = inode.flags().contains(FileFlags::NO_DIRECT_MAP) && inode.on_direct_map(folio.start());
-            leaves.then(|| inode.set_direct_map(folio, false))?;
-            Some(Pages { file, range: folio })
-        });
+        let hidden = taken.page.and_then(|(file, _, range)| hide_folio(vm, Pages { file, range }));
         match hidden {
             Some(pages) => {
                 self.state = State::FlushDirectMap(snapshot, target, taken);
