@@ -368,9 +368,18 @@ impl File {
     }
 
     /// Takes memory away from pages. A folio that is only partly covered is split first.
+    ///
+    /// References of others keep the memory and not its place in the file: what comes there next is another folio.
     pub(crate) fn free(&mut self, range: IndexRange) {
         self.split(range);
-        for set in [&mut self.present, &mut self.up_to_date, &mut self.poisoned, &mut self.off_direct_map] {
+        let of_the_page = [
+            &mut self.present,
+            &mut self.up_to_date,
+            &mut self.poisoned,
+            &mut self.off_direct_map,
+            &mut self.referenced,
+        ];
+        for set in of_the_page {
             set.set(range.start().0, range.len(), false);
         }
     }

@@ -3,7 +3,7 @@
 //! It was never merged, and its difficulties are why guest_memfd is a file of its own. It is modelled so that the questions of
 //! that thread can be asked of it: the seal is only allowed while the file has neither pages nor mappings; afterwards
 //! read, write and mmap are refused; holes and truncation work on whole pages, and where they cut a huge page that cannot
-//! be split they are refused; migration and swap always fail.
+//! be split they are refused, because zeroing the part would be a write to guest memory; migration and swap always fail.
 //!
 //! Every method is atomic except a read, which looks at the seal before it copies and holds no lock in between, because
 //! the lock that serialises the seal is too expensive for readers: see [`MemfdRead`].
@@ -19,10 +19,19 @@ pub enum SealError {
     Sealed,
     /// The range is not one of whole pages. EINVAL.
     Partial,
-    /// A huge page is cut and cannot be split. EBUSY.
+    /// A huge page of a sealed file is cut and cannot be split. EBUSY.
     SplitFailed,
     /// The page is beyond the end. For a guest: EFAULT.
     BeyondEnd,
+}
+
+/// What a hole did to the pages in it that had memory.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Hole {
+    /// Their memory went back to the host.
+    pub freed: BTreeSet<u64>,
+    /// Their memory is part of a huge page that stays; it was overwritten with zeros.
+    pub zeroed: BTreeSet<u64>,
 }
 
 /// A memfd that can be sealed for guests.
@@ -119,7 +128,7 @@ impl Memfd {
     }
 
     fn add_folio(&mut self, page: u64) {
-        let head = page - page % self.folio_pages;
+        let head = self.head_of(page);
         let end = head.saturating_add(self.folio_pages);
         let fits = end <= self.pages && self.present.range(head..end).next().is_none();
         if fits && self.folio_pages > 1 {
@@ -130,40 +139,50 @@ impl Memfd {
         }
     }
 
-    /// Takes the memory of the pages `[first, end)` away; returns those that had any.
+    /// Takes the memory of the pages `[first, end)` away. Of a huge page that is cut and cannot be split, the part is zeroed
+    /// and the memory stays (`truncate_inode_partial_folio()`).
     ///
     /// # Errors
-    /// [`SealError::SplitFailed`] if a huge page is cut and `may_split` is [`Split::Fails`].
-    pub fn punch(&mut self, first: u64, end: u64, split: Split) -> Result<BTreeSet<u64>, SealError> {
-        let cut: BTreeSet<u64> = [first, end].into_iter().filter_map(|edge| self.folio_cut_at(edge)).collect();
-        if !cut.is_empty() && split == Split::Fails {
+    /// [`SealError::SplitFailed`] for such a huge page if the file is sealed.
+    pub fn punch(&mut self, first: u64, end: u64, split: Split) -> Result<Hole, SealError> {
+        let stays = match split {
+            Split::Works => BTreeSet::new(),
+            Split::Fails => [first, end].into_iter().filter_map(|edge| self.folio_cut_at(edge)).collect(),
+        };
+        if self.sealed && !stays.is_empty() {
             return Err(SealError::SplitFailed);
         }
         let touches = |head: u64| head < end && first < head.saturating_add(self.folio_pages);
-        self.whole.retain(|&head| !touches(head));
-        let gone: BTreeSet<u64> = self.present.iter().copied().filter(|page| (first..end).contains(page)).collect();
-        self.present.retain(|page| !gone.contains(page));
-        Ok(gone)
+        self.whole.retain(|head| stays.contains(head) || !touches(*head));
+        let inside = self.present.iter().copied().filter(|page| (first..end).contains(page));
+        let (zeroed, freed): (BTreeSet<_>, BTreeSet<_>) = inside.partition(|page| stays.contains(&self.head_of(*page)));
+        self.present.retain(|page| !freed.contains(page));
+        Ok(Hole { freed, zeroed })
+    }
+
+    fn head_of(&self, page: u64) -> u64 {
+        page - page % self.folio_pages
     }
 
     fn folio_cut_at(&self, edge: u64) -> Option<u64> {
-        let head = edge - edge % self.folio_pages;
+        let head = self.head_of(edge);
         (edge != head && self.whole.contains(&head)).then_some(head)
     }
 
-    /// Gives the file a new size in bytes; returns the pages that went.
+    /// Gives the file a new size in bytes. A file that shrinks loses what is beyond its new end, as in a hole there.
     ///
     /// # Errors
     /// [`SealError::Partial`] on a sealed file, where zeroing the rest of a page would be a write to guest memory;
     /// [`SealError::SplitFailed`].
-    pub fn truncate(&mut self, bytes: u64, split: Split) -> Result<BTreeSet<u64>, SealError> {
+    pub fn truncate(&mut self, bytes: u64, split: Split) -> Result<Hole, SealError> {
         if self.sealed && !bytes.is_multiple_of(crate::addr::PAGE_SIZE) {
             return Err(SealError::Partial);
         }
         let pages = bytes.div_ceil(crate::addr::PAGE_SIZE);
-        let gone = self.punch(pages, self.pages.max(pages), split)?;
+        // Huge pages that could not be split reach beyond the old end.
+        let hole = if pages < self.pages { self.punch(pages, u64::MAX, split)? } else { Hole::default() };
         self.pages = pages;
-        Ok(gone)
+        Ok(hole)
     }
 
     /// The kernel wants to move or to swap a page out.
@@ -257,8 +276,31 @@ mod tests {
         assert_eq!(memfd.truncate(6 << 12, Split::Fails), Err(SealError::SplitFailed));
         assert_eq!(memfd.truncate(100, Split::Works), Err(SealError::Partial));
         assert_eq!(memfd, before, "a refused operation changes nothing");
-        assert_eq!(memfd.truncate(6 << 12, Split::Works), Ok(BTreeSet::from([6, 7])));
+        assert_eq!(memfd.truncate(6 << 12, Split::Works), Ok(freed([6, 7])));
         assert!(memfd.is_present(4) && memfd.is_present(5) && memfd.pages() == 6);
-        assert_eq!(memfd.punch(4, 5, Split::Fails), Ok(BTreeSet::from([4])), "it is no huge page any more");
+        assert_eq!(memfd.punch(4, 5, Split::Fails), Ok(freed([4])), "it is no huge page any more");
+    }
+
+    fn freed<const N: usize>(pages: [u64; N]) -> Hole {
+        Hole { freed: BTreeSet::from(pages), zeroed: BTreeSet::new() }
+    }
+
+    #[test]
+    fn of_an_unsealed_huge_page_that_cannot_be_split_a_part_is_zeroed_and_all_stays() {
+        let mut memfd = Memfd::new(12, 4);
+        for page in [0, 4, 8] {
+            memfd.write(page).unwrap();
+        }
+        let hole = Hole { freed: BTreeSet::from([4, 5, 6, 7]), zeroed: BTreeSet::from([2, 3, 8]) };
+        assert_eq!(memfd.punch(2, 9, Split::Fails), Ok(hole));
+        assert!([0, 2, 3, 8, 11].into_iter().all(|page| memfd.is_present(page)));
+        let beyond = Hole { freed: BTreeSet::new(), zeroed: BTreeSet::from([9, 10, 11]) };
+        assert_eq!(memfd.truncate(9 << 12, Split::Fails), Ok(beyond));
+        assert_eq!(memfd.truncate(10 << 12, Split::Works), Ok(Hole::default()), "growing takes nothing");
+        assert_eq!(
+            memfd.truncate(1 << 12, Split::Works),
+            Ok(freed([1, 2, 3, 8, 9, 10, 11])),
+            "beyond the old end, too"
+        );
     }
 }

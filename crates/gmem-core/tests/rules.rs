@@ -8,8 +8,8 @@ use gmem_core::arch::Arch;
 use gmem_core::file::{AllocateError, CreateError, FileFlags, FileId, GetPageError};
 use gmem_core::invalidate::Filter;
 use gmem_core::ops::{
-    Access, Action, ConvertError, ConvertInPlace, DirectMap, Fault, FaultEnd, Lock, MemoryFailure, Origin, Pages,
-    PopulatePage, PunchError, PunchHole, RestoreTemporarily, run,
+    Access, Action, ConvertError, ConvertInPlace, DirectMap, Fault, FaultEnd, Lock, MemoryFailure, Operation, Origin,
+    Pages, PopulatePage, PunchError, PunchHole, RestoreTemporarily, Step, run,
 };
 use gmem_core::vendor::{AccessKind, HostOutcome, PopulateKind, Side};
 use gmem_core::vm::{DirectMapFlush, FileFilter, Rules, Tracking, Unbacked, View, Vm};
@@ -503,4 +503,33 @@ fn the_file_decides_what_snp_makes_private() {
         assert!(matches!(end, FaultEnd::Mapped(mapping) if mapping.side == side), "{end:?}");
         assert_eq!(vm.arch.host_access(id.pfn(PageIndex(gfn)), AccessKind::Store), HostOutcome::Fault, "{side:?}");
     }
+}
+
+/// In place the access was compared before the file was locked. A conversion in between gave the page to the host, and the fault
+/// finds out only when it is about to map.
+#[test]
+fn a_stale_fault_takes_no_converted_page_from_the_host() {
+    let rules = Rules { tracking: Tracking::InPlace, ..Rules::default() };
+    let (mut vm, mut machine) = (Vm::new(Arch::snp(), rules), Machine::default());
+    let id = file(&mut vm, 1, FileFlags::MMAP);
+    machine.set_region(&mut vm, private_claim(0, 0, 1, id, 0)).expect("valid");
+    let access = Access { gfn: Gfn(0), claimed: Side::Private };
+    let mut fault = Fault::new(access, Origin::Guest);
+    while fault.step(&mut vm) != Step::Do(Action::Lock(Lock::FileShared(id))) {}
+    machine.run(&mut vm, &mut ConvertInPlace::new(id, pages(0, 1), Side::Shared)).expect("to shared");
+    assert_eq!(run(&mut fault, &mut vm, |_, _, _| {}), FaultEnd::Retry);
+    assert_eq!(vm.arch.host_access(id.pfn(PageIndex(0)), AccessKind::Store), HostOutcome::Plain);
+}
+
+/// `kvm_gmem_punch_hole()` takes the folio out of the file whoever holds it, and a conversion counts references of what is there.
+#[test]
+fn a_reference_to_a_punched_page_is_none_to_its_place() {
+    let rules = Rules { tracking: Tracking::InPlace, ..Rules::default() };
+    let (mut vm, mut machine, id) = private_vm(4, FileFlags::MMAP | FileFlags::INIT_SHARED, rules);
+    vm.file_mut(id).expect("open").set_referenced(pages(0, 2), true);
+    machine.run(&mut vm, &mut PunchHole::new(id, pages(0, 1))).expect("no large folio");
+    let mut convert =
+        |index| machine.run(&mut vm, &mut ConvertInPlace::new(id, pages(index, index + 1), Side::Private));
+    assert_eq!(convert(0), Ok(()));
+    assert_eq!(convert(1), Err(ConvertError::Referenced(PageIndex(1))));
 }

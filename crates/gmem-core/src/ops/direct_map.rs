@@ -2,6 +2,7 @@ use alloc::vec::Vec;
 
 use super::{Action, DirectMap, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::IndexRange;
+use crate::file::FileFlags;
 use crate::vm::{DirectMapFlush, Vm};
 
 /// The kernel needs to look into a page that is not on the direct map (a paravirtual clock page, an instruction to emulate):
@@ -78,6 +79,15 @@ impl RestoreTemporarily {
     fn unlock(&mut self) -> Step<()> {
         self.next(State::Done, Action::Unlock(Lock::Folios(self.pages)))
     }
+}
+
+/// Notes that a folio leaves the direct map, if its file wants that and it is still there. Under the folio's lock: whoever has
+/// it next finds the folio hidden and must not map it before the flush.
+pub(super) fn hide_folio(vm: &mut Vm, folio: Pages) -> Option<Pages> {
+    let file = vm.files.get_mut(&folio.file)?;
+    let leaves = file.flags().contains(FileFlags::NO_DIRECT_MAP) && file.on_direct_map(folio.range.start());
+    leaves.then(|| file.set_direct_map(folio.range, false))?;
+    Some(folio)
 }
 
 impl Operation for RestoreTemporarily {

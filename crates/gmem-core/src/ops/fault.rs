@@ -1,6 +1,7 @@
+use super::direct_map::hide_folio;
 use super::{Action, DirectMap, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::{Gfn, IndexRange, Level, PageIndex, PageNumber, Pfn};
-use crate::file::{FileFlags, FileId, GetPageError};
+use crate::file::{FileId, GetPageError};
 use crate::invalidate::Snapshot;
 use crate::slot::SlotId;
 use crate::vendor::{Mapping, Refusal, Side};
@@ -259,12 +260,7 @@ impl Fault {
 
     /// After the page was prepared, because preparation may need the direct map; every page of the folio, not one.
     fn leave_direct_map(&mut self, vm: &mut Vm, snapshot: Snapshot, target: Target, taken: Taken) -> Step<FaultEnd> {
-        let hidden = taken.page.and_then(|(file, _, folio)| {
-            let inode = vm.files.get_mut(&file)?;
-            let leaves = inode.flags().contains(FileFlags::NO_DIRECT_MAP) && inode.on_direct_map(folio.start());
-            leaves.then(|| inode.set_direct_map(folio, false))?;
-            Some(Pages { file, range: folio })
-        });
+        let hidden = taken.page.and_then(|(file, _, range)| hide_folio(vm, Pages { file, range }));
         match hidden {
             Some(pages) => {
                 self.state = State::FlushDirectMap(snapshot, target, taken);
@@ -328,10 +324,17 @@ pub(super) fn zero_next(vm: &mut Vm, file: FileId, folio: IndexRange) -> Option<
 /// Whether the architecture is told of the page before it is mapped. A private access is always one to a private page; where
 /// there is a hook (`kvm_arch_gmem_make_private()`) the file decides, and a shared access to a page of a private file, which
 /// one that serves every fault allows, makes the page private as well.
+///
+/// Not so in place: the access was compared before the file was locked, and a conversion since then may have given the page
+/// to the host. That the fault is stale is found only after this, so the file alone says, whose lock is held now.
 fn is_prepared(vm: &Vm, target: Target, taken: Taken) -> bool {
     let file = taken.page.and_then(|(file, index, _)| Some((vm.files.get(&file)?, index)));
     let of_private_file = file.is_some_and(|(file, index)| file.side(index) == Side::Private);
-    target.side == Side::Private || (vm.arch.prepares_by_file() && of_private_file)
+    let is_private_access = target.side == Side::Private;
+    match vm.rules.tracking {
+        Tracking::InPlace => of_private_file && (is_private_access || vm.arch.prepares_by_file()),
+        Tracking::Attributes => is_private_access || (of_private_file && vm.arch.prepares_by_file()),
+    }
 }
 
 /// Whether the folio is what it was when it was looked up: until its lock was had it could be freed or split, and others of its

@@ -1,10 +1,11 @@
+use super::direct_map::hide_folio;
 use super::fault::zero_next;
-use super::{Action, Lock, Operation, Pages, Parts, Reach, Step};
+use super::{Action, DirectMap, Lock, Operation, Pages, Parts, Reach, Step};
 use crate::addr::PageIndex;
 use crate::addr::PageRange;
 use crate::file::{FileFlags, FileId};
 use crate::vendor::Side;
-use crate::vm::Vm;
+use crate::vm::{DirectMapFlush, Vm};
 
 /// Why the VMM's access to its mapping of a file fails. All of them are SIGBUS.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -20,7 +21,8 @@ pub enum UserFaultError {
 /// The VMM touches a page of a file that it has mapped, and has no page-table entry for it
 /// (`kvm_gmem_fault_user_mapping()`).
 ///
-/// The lock is shared: conversions and holes exclude it, other faults do not.
+/// The lock is shared: conversions and holes exclude it, other faults do not. The folio is locked until it is mapped, so that
+/// of several faults none maps it before it is zeroed and, where its file wants that, gone from the direct map.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct UserFault {
     file: FileId,
@@ -32,7 +34,11 @@ pub struct UserFault {
 enum State {
     Lock,
     Take,
-    Map,
+    Zero(Pages),
+    LeaveDirectMap(Pages),
+    FlushDirectMap(Pages),
+    Map(Pages),
+    UnlockFolio(Pages),
     Unlock(Output),
     Done(Output),
 }
@@ -53,13 +59,12 @@ impl UserFault {
 
     fn take(&mut self, vm: &mut Vm) -> Step<Output> {
         match self.try_take(vm) {
-            Ok((action, next)) => self.next(next, action),
+            Ok(folio) => self.next(State::Zero(folio), Action::Lock(Lock::Folios(folio))),
             Err(error) => self.next(State::Done(Err(error)), Action::Unlock(Lock::FileShared(self.file))),
         }
     }
 
-    /// Every page of the folio that is not clean is zeroed, run by run.
-    fn try_take(&self, vm: &mut Vm) -> Result<(Action, State), UserFaultError> {
+    fn try_take(&self, vm: &mut Vm) -> Result<Pages, UserFaultError> {
         let file = vm.files.get_mut(&self.file).ok_or(UserFaultError::NoPage)?;
         if !file.flags().contains(FileFlags::MMAP) || self.index.0 >= file.pages() {
             return Err(UserFaultError::NoPage);
@@ -67,14 +72,39 @@ impl UserFault {
         if file.side(self.index) == Side::Private {
             return Err(UserFaultError::Private);
         }
-        let folio = file.folio_at(self.index);
+        let range = file.folio_at(self.index);
         if file.is_poisoned(self.index) {
             return Err(UserFaultError::Poisoned);
         }
-        Ok(match zero_next(vm, self.file, folio) {
-            Some((pages, more)) => (Action::Zero(pages), if more { State::Take } else { State::Map }),
-            None => (Action::Continue, State::Map),
-        })
+        Ok(Pages { file: self.file, range })
+    }
+
+    /// Every page of the folio that is not clean is zeroed, run by run.
+    fn zero(&mut self, vm: &mut Vm, folio: Pages) -> Step<Output> {
+        match zero_next(vm, self.file, folio.range) {
+            Some((pages, true)) => self.next(State::Zero(folio), Action::Zero(pages)),
+            Some((pages, false)) => self.next(State::LeaveDirectMap(folio), Action::Zero(pages)),
+            None => self.leave_direct_map(vm, folio),
+        }
+    }
+
+    /// After zeroing, which needs the direct map.
+    fn leave_direct_map(&mut self, vm: &mut Vm, folio: Pages) -> Step<Output> {
+        match hide_folio(vm, folio) {
+            Some(pages) => {
+                let next = match vm.rules.direct_map_flush {
+                    DirectMapFlush::Flush => State::FlushDirectMap(folio),
+                    DirectMapFlush::NoFlush => State::Map(folio),
+                };
+                self.next(next, Action::DirectMap(pages, DirectMap::Remove))
+            }
+            None => self.map(folio),
+        }
+    }
+
+    fn map(&mut self, folio: Pages) -> Step<Output> {
+        let page = Pages { file: self.file, range: PageRange::page(self.index) };
+        self.next(State::UnlockFolio(folio), Action::MapUser(page))
     }
 }
 
@@ -82,11 +112,14 @@ impl Operation for UserFault {
     type Output = Output;
 
     fn step(&mut self, vm: &mut Vm) -> Step<Output> {
-        let pages = Pages { file: self.file, range: PageRange::page(self.index) };
         match self.state {
             State::Lock => self.next(State::Take, Action::Lock(Lock::FileShared(self.file))),
             State::Take => self.take(vm),
-            State::Map => self.next(State::Unlock(Ok(())), Action::MapUser(pages)),
+            State::Zero(folio) => self.zero(vm, folio),
+            State::LeaveDirectMap(folio) => self.leave_direct_map(vm, folio),
+            State::FlushDirectMap(folio) => self.next(State::Map(folio), Action::FlushDirectMap),
+            State::Map(folio) => self.map(folio),
+            State::UnlockFolio(folio) => self.next(State::Unlock(Ok(())), Action::Unlock(Lock::Folios(folio))),
             State::Unlock(result) => self.next(State::Done(result), Action::Unlock(Lock::FileShared(self.file))),
             State::Done(result) => Step::Done(result),
         }
@@ -94,8 +127,9 @@ impl Operation for UserFault {
 
     fn reach(&self) -> Reach {
         match self.state {
-            State::Take => Reach::writes(Parts::FILES),
-            State::Lock | State::Map | State::Unlock(_) | State::Done(_) => Reach::NOTHING,
+            State::Take | State::Zero(_) | State::LeaveDirectMap(_) => Reach::writes(Parts::FILES),
+            State::Lock | State::FlushDirectMap(_) | State::Map(_) => Reach::NOTHING,
+            State::UnlockFolio(_) | State::Unlock(_) | State::Done(_) => Reach::NOTHING,
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Memfds of the first form of the idea.
 
 use gmem_core::addr::{PageRange, Pfn};
-use gmem_core::seal::{MemfdRead, ReadStep, SealError, Split};
+use gmem_core::seal::{Hole, MemfdRead, ReadStep, SealError, Split};
 
 use super::{Flight, Turn};
+use crate::machine::Machine;
 use crate::program::{MemfdOp, Op, Stmt};
 use crate::touch::Touch;
 use crate::value::{Errno, Seen, Value};
@@ -25,12 +26,12 @@ impl Turn<'_> {
             MemfdOp::GuestWrite(page, value) => {
                 memfd.touch(page).map(|()| self.machine.write(frame(page), value, true))
             }
-            MemfdOp::Punch { first, end, may_split } => memfd.punch(first, end, split(may_split)).map(|gone| {
-                gone.into_iter().for_each(|page| self.machine.free(PageRange::page(frame(page))));
-            }),
-            MemfdOp::Truncate { bytes_from, may_split } => memfd.truncate(bytes_from, split(may_split)).map(|gone| {
-                gone.into_iter().for_each(|page| self.machine.free(PageRange::page(frame(page))));
-            }),
+            MemfdOp::Punch { first, end, may_split } => {
+                memfd.punch(first, end, split(may_split)).map(|hole| make_hole(&mut self.machine, hole, frame))
+            }
+            MemfdOp::Truncate { bytes_from, may_split } => {
+                memfd.truncate(bytes_from, split(may_split)).map(|hole| make_hole(&mut self.machine, hole, frame))
+            }
             MemfdOp::Migrate(_) | MemfdOp::Swap(_) => memfd.relocate(),
         };
         self.finish(stmt, result.map_or_else(of_seal, |()| Seen::Ok))
@@ -54,6 +55,11 @@ impl Turn<'_> {
             Err(error) => self.finish(stmt, of_seal(error)),
         }
     }
+}
+
+fn make_hole(machine: &mut Machine, hole: Hole, frame: impl Fn(u64) -> Pfn) {
+    hole.freed.into_iter().for_each(|page| machine.free(PageRange::page(frame(page))));
+    hole.zeroed.into_iter().for_each(|page| machine.fill(PageRange::page(frame(page)), Value::Zero));
 }
 
 fn of_seal(error: SealError) -> Seen {
