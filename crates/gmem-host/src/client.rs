@@ -4,6 +4,9 @@
 //! that, but not those of hugetlb pages, which cannot be mapped in part; these and private mappings are moved into a memfd
 //! at the same address when they become guest memory. The client does not notice, except that
 //! operations which depend on the memory being private anonymous memory are translated by [`ClientMemory::advise_dontneed`].
+//!
+//! A private mapping of a file is copied whole and is no mapping of the file any more: what others write to the file later is
+//! not seen, `MADV_DONTNEED` gives zeros instead of the file's bytes, and pages beyond the file's end read as zeros.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -42,12 +45,10 @@ pub struct Source {
 impl Source {
     /// The part within `[start, end)`.
     pub(crate) fn part(&self, start: usize, end: usize) -> Option<Self> {
-        let area = Area { start: self.area.start.max(start), end: self.area.end.min(end), ..self.area };
-        (area.start < area.end).then(|| {
-            let further = (area.start - self.area.start) as u64;
-            let moved = self.moved.as_ref().map(|(backing, offset)| (Arc::clone(backing), offset + further));
-            Self { area, moved }
-        })
+        let area = self.area.part(start, end)?;
+        let further = (area.start - self.area.start) as u64;
+        let moved = self.moved.as_ref().map(|(backing, offset)| (Arc::clone(backing), offset + further));
+        Some(Self { area, moved })
     }
 
     /// Maps it a second time, at `to`. What was moved replaces the target in one step; the rest leaves it unmapped in between.
@@ -98,7 +99,9 @@ impl ClientMemory {
         let (start, end) = (area.start, area.end);
         let len = end - start;
         let backing = Backing::new(len as u64)?;
-        copy_present(start, len, &backing)?;
+        if !copy_contents(area, &backing)? {
+            return Ok(());
+        }
         // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
         unsafe {
             backing.map_protected_at(start, len, 0, area.prot)?;
@@ -119,8 +122,8 @@ impl ClientMemory {
             let mut next = area.start;
             for (from, to, offset, backing) in self.pieces(area.start, area.end) {
                 sources.extend(whole.part(next, from));
-                let area = Area { start: from, end: to, ..area };
-                sources.push(Source { area, moved: Some((Arc::clone(backing), offset)) });
+                let moved = Some((Arc::clone(backing), offset));
+                sources.extend(area.part(from, to).map(|area| Source { area, moved }));
                 next = to;
             }
             sources.extend(whole.part(next, area.end));
@@ -211,28 +214,45 @@ fn is_hugetlb(area: &Area) -> bool {
     cannot_be_duplicated && sys::copy_from_client(area.start, &mut [0u8; 8]).is_ok()
 }
 
-/// Copies the pages of `[start, start + len)` that hold anything but zeros, so that memory which was never touched stays
-/// absent.
-fn copy_present(start: usize, len: usize, to: &Backing) -> Result<(), Errno> {
+/// Copies the pages of an area that hold anything but zeros, so that memory which was never touched stays absent. Whether all
+/// of them could be read: if not, the area must stay as it is.
+///
+/// A page beyond the end of a file cannot be read, and is nothing that a guest could have had.
+fn copy_contents(area: &Area, to: &Backing) -> Result<bool, Errno> {
+    let memory = OwnMemory::open();
     let pagemap = open_pagemap().ok();
-    for block in (start..start + len).step_by(BLOCK) {
-        let end = (block + BLOCK).min(start + len);
-        let present = pagemap.as_ref().and_then(|pagemap| present_pages(pagemap, block, end));
-        match present {
-            Some(pages) => pages.into_iter().try_for_each(|page| copy_page(page, (page - start) as u64, to))?,
-            None => (block..end).step_by(PAGE).try_for_each(|page| copy_page(page, (page - start) as u64, to))?,
+    let may_lack_pages = area.file.is_some() && area.allows(false);
+    for block in (area.start..area.end).step_by(BLOCK) {
+        let end = (block + BLOCK).min(area.end);
+        // A file has bytes also where this process has no page yet.
+        let known = pagemap.as_ref().filter(|_| area.file.is_none());
+        let pages = known.and_then(|pagemap| present_pages(pagemap, block, end));
+        for page in pages.unwrap_or_else(|| (block..end).step_by(PAGE).collect()) {
+            let mut bytes = [0u8; PAGE];
+            let read = memory.read(page, &mut bytes);
+            if read && bytes.iter().any(|byte| *byte != 0) {
+                to.write((page - area.start) as u64, &bytes)?;
+            } else if !read && !may_lack_pages {
+                return Ok(false);
+            }
         }
     }
-    Ok(())
+    Ok(true)
 }
 
-fn copy_page(from: usize, offset: u64, to: &Backing) -> Result<(), Errno> {
-    let mut bytes = [0u8; PAGE];
-    // What cannot be read (PROT_NONE) has nothing that a guest could have had.
-    if sys::copy_from_client(from, &mut bytes).is_err() || bytes.iter().all(|byte| *byte == 0) {
-        return Ok(());
+/// The memory of this process, to be read whatever its protection is, if the kernel allows that.
+struct OwnMemory(Option<rustix::fd::OwnedFd>);
+
+impl OwnMemory {
+    fn open() -> Self {
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+        Self(rustix::fs::open("/proc/self/mem", flags, rustix::fs::Mode::empty()).ok())
     }
-    to.write(offset, &bytes)
+
+    fn read(&self, address: usize, bytes: &mut [u8]) -> bool {
+        let forced = self.0.as_ref().and_then(|file| rustix::io::pread(file, &mut *bytes, address as u64).ok());
+        forced == Some(bytes.len()) || sys::copy_from_client(address, bytes).is_ok()
+    }
 }
 
 fn open_pagemap() -> Result<rustix::fd::OwnedFd, Errno> {

@@ -19,6 +19,15 @@ pub enum Sharing {
     Program,
 }
 
+/// A file, as the kernel tells files apart.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FileId {
+    /// Number of the device.
+    pub device: u64,
+    /// Number of the inode on it.
+    pub inode: u64,
+}
+
 /// A piece of address space that is mapped in one way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Area {
@@ -30,9 +39,26 @@ pub struct Area {
     pub sharing: Sharing,
     /// `PROT_READ`, `PROT_WRITE` and `PROT_EXEC`, as the kernel numbers them.
     pub prot: u32,
+    /// What is mapped, unless it is anonymous memory.
+    pub file: Option<FileId>,
+    /// Where in the file `start` lies.
+    pub offset: u64,
 }
 
 impl Area {
+    /// The part within `[start, end)`, if there is one.
+    #[must_use]
+    pub fn part(&self, start: usize, end: usize) -> Option<Self> {
+        let part = Self { start: self.start.max(start), end: self.end.min(end), ..*self };
+        (part.start < part.end).then(|| Self { offset: self.offset_of(part.start), ..part })
+    }
+
+    /// Where in the file an address of the area lies.
+    #[must_use]
+    pub fn offset_of(&self, address: usize) -> u64 {
+        self.offset.wrapping_add((address - self.start) as u64)
+    }
+
     /// Whether a read, or a write, of the area can succeed.
     #[must_use]
     pub fn allows(&self, write: bool) -> bool {
@@ -74,13 +100,11 @@ impl Maps {
         let first = self.0.partition_point(|mapped| mapped.area.end <= start);
         let within = || self.0.iter().skip(first).take_while(|mapped| mapped.area.start < end);
         let has_program = within().any(|mapped| mapped.area.sharing == Sharing::Program);
-        let cut = within().map(|Mapped { area, may_be_program }| Area {
-            start: area.start.max(start),
-            end: area.end.min(end),
+        let all = within().map(|Mapped { area, may_be_program }| Area {
             sharing: if has_program && *may_be_program { Sharing::Program } else { area.sharing },
-            prot: area.prot,
+            ..*area
         });
-        cut.filter(|area| area.start < area.end).collect()
+        all.filter_map(|area| area.part(start, end)).collect()
     }
 }
 
@@ -163,7 +187,11 @@ fn parse(line: &str) -> Option<(Area, &str)> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let permissions = fields.next()?;
-    let name = fields.nth(3).unwrap_or("");
+    let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
+    let (major, minor) = fields.next()?.split_once(':')?;
+    let (major, minor) = (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
+    let inode: u64 = fields.next()?.parse().ok()?;
+    let name = fields.next().unwrap_or("");
     let area = Area {
         start: usize::from_str_radix(start, 16).ok()?,
         end: usize::from_str_radix(end, 16).ok()?,
@@ -174,6 +202,8 @@ fn parse(line: &str) -> Option<(Area, &str)> {
             .map(|(_, (_, bit))| bit)
             .sum(),
         sharing: if permissions.ends_with('s') { Sharing::Shared } else { Sharing::Private },
+        file: (inode != 0).then(|| FileId { device: rustix::fs::makedev(major, minor), inode }),
+        offset,
     };
     Some((area, name))
 }
@@ -196,11 +226,13 @@ mod tests {
 
     #[test]
     fn lines_of_the_kernel_are_understood() {
-        let (area, name) = parse("7f00-7f10 rw-s 00000000 00:01 1044 /memfd:x (deleted)").unwrap();
+        let (area, name) = parse("7f00-7f10 rw-s 00002000 08:01 1044 /memfd:x (deleted)").unwrap();
         assert_eq!((area.start, area.end, area.sharing, area.prot), (0x7f00, 0x7f10, Sharing::Shared, 3));
         assert_eq!(name, "/memfd:x");
+        let file = FileId { device: rustix::fs::makedev(8, 1), inode: 1044 };
+        assert_eq!((area.file, area.offset, area.part(0x7f08, 0x8000).unwrap().offset), (Some(file), 0x2000, 0x2008));
         let (area, name) = parse("7f00-7f10 ---p 0 00:00 0").unwrap();
-        assert_eq!((area.sharing, area.prot, name), (Sharing::Private, 0, ""));
+        assert_eq!((area.sharing, area.prot, area.file, name), (Sharing::Private, 0, None, ""));
         assert_eq!(parse(""), None);
     }
 

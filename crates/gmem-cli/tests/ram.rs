@@ -1,0 +1,156 @@
+//! Guest RAM of every kind under `gmem run`: it is moved when it becomes guest memory, which a client must not notice. Each
+//! client is this test program itself, run again under gmem with the name of a part in the environment; it uses libc only and
+//! knows nothing of gmem. What it expects is what Linux does without gmem.
+
+use std::process::Command;
+
+const PART: &str = "GMEM_TEST_PART";
+
+/// Runs one of the parts below under gmem, or says what is missing.
+fn under_gmem(part: &str) {
+    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+        eprintln!("skipped: /dev/kvm is missing or cannot be opened");
+        return;
+    }
+    let own = std::env::current_exe().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_gmem"))
+        .args(["run", "--emulate", "--profile", "linux-7.3", "--"])
+        .arg(own)
+        .args(["--exact", "client", "--nocapture"])
+        .env(PART, part)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{part}: {output:?}");
+}
+
+#[test]
+fn client() {
+    match std::env::var(PART).as_deref() {
+        Ok("files") => parts::private_files(),
+        Ok("protection") => parts::protected_pages(),
+        _ => {}
+    }
+}
+
+#[test]
+fn private_mappings_of_files_keep_their_bytes() {
+    under_gmem("files");
+}
+
+#[test]
+fn pages_that_cannot_be_read_keep_their_bytes() {
+    under_gmem("protection");
+}
+
+mod parts {
+    use std::ffi::{c_int, c_ulong, c_void};
+
+    const KVM_CREATE_VM: c_ulong = 0xae01;
+    const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
+    const PAGE: usize = 4096;
+    const SIZE: usize = 1 << 20;
+    const FILLED: u8 = 0x5a;
+    const READ_WRITE: c_int = libc::PROT_READ | libc::PROT_WRITE;
+    const ANONYMOUS: c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+
+    fn protected_vm() -> c_int {
+        // SAFETY: a constant path, and a number as argument.
+        let vm = unsafe {
+            let kvm = libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+            libc::ioctl(kvm, KVM_CREATE_VM, 1)
+        };
+        assert!(vm >= 0, "a protected VM");
+        vm
+    }
+
+    /// Client memory. All accesses are checked against its length, as long as it is mapped.
+    #[derive(Clone, Copy)]
+    struct Ram {
+        base: *mut u8,
+        len: usize,
+    }
+
+    impl Ram {
+        fn map(len: usize, flags: c_int, fd: c_int) -> Self {
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            let base = unsafe { libc::mmap(std::ptr::null_mut(), len, READ_WRITE, flags, fd, 0) };
+            assert_ne!(base, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+            Self { base: base.cast(), len }
+        }
+
+        /// Anonymous memory with something in every byte.
+        fn filled(len: usize) -> Self {
+            let ram = Self::map(len, ANONYMOUS, -1);
+            ram.fill(FILLED);
+            ram
+        }
+
+        fn fill(self, byte: u8) {
+            // SAFETY: the whole of a mapping that can be written.
+            unsafe { self.base.write_bytes(byte, self.len) };
+        }
+
+        fn at(self, offset: usize) -> *mut c_void {
+            assert!(offset < self.len);
+            self.base.wrapping_add(offset).cast()
+        }
+
+        fn get(self, offset: usize) -> u8 {
+            // SAFETY: within a mapping that can be read.
+            unsafe { self.at(offset).cast::<u8>().read_volatile() }
+        }
+
+        fn set(self, offset: usize, byte: u8) {
+            // SAFETY: within a mapping that can be written.
+            unsafe { self.at(offset).cast::<u8>().write_volatile(byte) };
+        }
+
+        fn protect(self, offset: usize, len: usize, prot: c_int) {
+            // SAFETY: memory that nothing but these functions uses.
+            assert_eq!(unsafe { libc::mprotect(self.at(offset), len, prot) }, 0);
+        }
+    }
+
+    /// Makes a whole mapping guest memory, which moves it.
+    fn register(vm: c_int, slot: u64, ram: Ram) {
+        let claim = [slot, slot << 30, ram.len as u64, ram.base.addr() as u64];
+        // SAFETY: a structure of the request's size.
+        let done = unsafe { libc::ioctl(vm, KVM_SET_USER_MEMORY_REGION, claim.as_ptr()) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    }
+
+    /// A file of memory with something in all of its `len` bytes.
+    fn filled_file(len: usize) -> c_int {
+        let bytes = vec![FILLED; len];
+        // SAFETY: a constant name, and bytes of this function's.
+        unsafe {
+            let fd = libc::memfd_create(c"ram".as_ptr(), 0);
+            assert_eq!(libc::write(fd, bytes.as_ptr().cast(), len), len.cast_signed());
+            fd
+        }
+    }
+
+    pub(super) fn private_files() {
+        const OWN: u8 = 0x77;
+        let vm = protected_vm();
+        // The mapping ends behind the file: those pages have nothing, and reading them would be SIGBUS.
+        let file = filled_file(SIZE);
+        let ram = Ram::map(2 * SIZE, libc::MAP_PRIVATE, file);
+        ram.set(0, OWN);
+        register(vm, 0, ram);
+        assert_eq!([ram.get(0), ram.get(1), ram.get(PAGE), ram.get(SIZE - 1)], [OWN, FILLED, FILLED, FILLED]);
+        ram.set(PAGE, OWN);
+        let other = Ram::map(SIZE, libc::MAP_SHARED, file);
+        assert_eq!([other.get(0), other.get(PAGE)], [FILLED, FILLED], "the file changes");
+    }
+
+    pub(super) fn protected_pages() {
+        let vm = protected_vm();
+        let ram = Ram::filled(SIZE);
+        ram.protect(PAGE, PAGE, libc::PROT_NONE);
+        ram.protect(3 * PAGE, PAGE, libc::PROT_WRITE);
+        register(vm, 0, ram);
+        ram.protect(0, SIZE, READ_WRITE);
+        assert!((0..SIZE).step_by(PAGE).all(|offset| ram.get(offset) == FILLED));
+    }
+}
