@@ -28,6 +28,7 @@ fn client() {
     match std::env::var(PART).as_deref() {
         Ok("files") => parts::private_files(),
         Ok("protection") => parts::protected_pages(),
+        Ok("freed") => parts::freed_by_libc(),
         _ => {}
     }
 }
@@ -40,6 +41,11 @@ fn private_mappings_of_files_keep_their_bytes() {
 #[test]
 fn pages_that_cannot_be_read_keep_their_bytes() {
     under_gmem("protection");
+}
+
+#[test]
+fn memory_that_libc_unmaps_by_itself_is_forgotten() {
+    under_gmem("freed");
 }
 
 mod parts {
@@ -119,6 +125,12 @@ mod parts {
         assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
     }
 
+    fn delete(vm: c_int, slot: u64) {
+        let claim = [slot, 0, 0, 0];
+        // SAFETY: a structure of the request's size.
+        assert_eq!(unsafe { libc::ioctl(vm, KVM_SET_USER_MEMORY_REGION, claim.as_ptr()) }, 0);
+    }
+
     /// A file of memory with something in all of its `len` bytes.
     fn filled_file(len: usize) -> c_int {
         let bytes = vec![FILLED; len];
@@ -152,5 +164,39 @@ mod parts {
         register(vm, 0, ram);
         ram.protect(0, SIZE, READ_WRITE);
         assert!((0..SIZE).step_by(PAGE).all(|offset| ram.get(offset) == FILLED));
+    }
+
+    /// Runs `work` in a child of fork, which must find what it looks for.
+    fn in_child(work: impl FnOnce() -> bool) {
+        // SAFETY: the child uses memory and exits.
+        unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                libc::_exit(c_int::from(!work()));
+            }
+            let mut status = 0;
+            assert_eq!(libc::waitpid(child, &raw mut status, 0), child);
+            assert_eq!(status, 0, "in the child");
+        }
+    }
+
+    /// Guest RAM from malloc: its free() unmaps without a call that can be seen, and what is there afterwards is something else.
+    pub(super) fn freed_by_libc() {
+        const LEN: usize = 8 << 20;
+        const NEW: u8 = 0x11;
+        let vm = protected_vm();
+        // SAFETY: memory of this function's, used while it is allocated, or mapped.
+        unsafe {
+            let ram = Ram { base: libc::memalign(PAGE, LEN).cast(), len: LEN };
+            ram.fill(FILLED);
+            register(vm, 0, ram);
+            delete(vm, 0);
+            libc::free(ram.base.cast());
+            let flags = ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+            let base = libc::mmap(ram.base.cast(), LEN, READ_WRITE, flags, -1, 0);
+            assert_eq!(base, ram.base.cast(), "free() left it mapped");
+            ram.fill(NEW);
+            in_child(|| ram.get(PAGE) == NEW);
+        }
     }
 }

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
 
 use crate::fds;
+use crate::maps::FileId;
 
 /// Pages that gmem owns and that no descriptor of the client names.
 ///
@@ -34,6 +35,13 @@ impl Backing {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// What `/proc/self/maps` calls it.
+    #[must_use]
+    pub(crate) fn id(&self) -> Option<FileId> {
+        let stat = rustix::fs::fstat(&self.fd).ok()?;
+        Some(FileId { device: stat.st_dev, inode: stat.st_ino })
     }
 
     /// Its descriptor.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use crate::backing::{self, Backing};
-use crate::maps::{self, Area, Maps, Sharing};
+use crate::maps::{Area, Maps, Sharing};
 use crate::sys;
 
 /// Ranges of client memory that were moved into memfds.
@@ -23,7 +23,7 @@ pub struct ClientMemory {
     moved: BTreeMap<usize, Moved>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Moved {
     end: usize,
     /// Offset of the first byte in the backing.
@@ -31,6 +31,21 @@ struct Moved {
     /// Whether the client had it mapped privately.
     private: bool,
     backing: Arc<Backing>,
+}
+
+impl Moved {
+    /// Whether an area within this piece, which starts at `base`, is still what it was moved to: libc unmaps memory of its own
+    /// without a call that gmem sees.
+    fn is_in(&self, base: usize, area: &Area) -> bool {
+        let offset = self.offset + (area.start - base) as u64;
+        area.file.is_some() && area.file == self.backing.id() && area.offset == offset
+    }
+
+    /// The parts of this piece, which starts at `base`, that are mapped.
+    fn mapped(&self, base: usize, maps: &Maps) -> impl Iterator<Item = (usize, Self)> {
+        let areas = maps.areas(base, self.end).into_iter().filter(move |area| self.is_in(base, area));
+        areas.map(|area| (area.start, Self { end: area.end, offset: area.offset, ..self.clone() }))
+    }
 }
 
 /// Client memory that is mapped in one way, as the source of a second mapping.
@@ -85,7 +100,9 @@ impl ClientMemory {
     /// # Errors
     /// ENOMEM, EMFILE. What was moved before the error stays moved, which changes nothing for the client.
     pub fn make_shareable(&mut self, start: usize, len: usize) -> Result<(), Errno> {
-        for area in maps::areas(start, start.saturating_add(len))? {
+        let maps = Maps::now()?;
+        self.forget_unmapped(&maps);
+        for area in maps.areas(start, start.saturating_add(len)) {
             match area.sharing {
                 Sharing::Private => self.move_to_memfd(&area)?,
                 Sharing::Shared if is_hugetlb(&area) => self.move_to_memfd(&area)?,
@@ -120,11 +137,11 @@ impl ClientMemory {
         for area in maps.areas(start, start.saturating_add(len)) {
             let whole = Source { area, moved: None };
             let mut next = area.start;
-            for (from, to, offset, backing) in self.pieces(area.start, area.end) {
+            for (from, piece) in self.pieces(area.start, area.end) {
+                let Some(area) = area.part(from, piece.end).filter(|area| piece.is_in(from, area)) else { continue };
                 sources.extend(whole.part(next, from));
-                let moved = Some((Arc::clone(backing), offset));
-                sources.extend(area.part(from, to).map(|area| Source { area, moved }));
-                next = to;
+                next = area.end;
+                sources.push(Source { area, moved: Some((piece.backing, piece.offset)) });
             }
             sources.extend(whole.part(next, area.end));
         }
@@ -140,8 +157,8 @@ impl ClientMemory {
     pub fn advise_dontneed(&self, start: usize, len: usize) -> Result<bool, Errno> {
         let end = start.saturating_add(len);
         let mut any = false;
-        for (from, to, offset, backing) in self.pieces(start, end) {
-            backing.punch(offset, (to - from) as u64)?;
+        for (from, piece) in self.pieces(start, end) {
+            piece.backing.punch(piece.offset, (piece.end - from) as u64)?;
             any = true;
         }
         Ok(any)
@@ -150,16 +167,22 @@ impl ClientMemory {
     /// Whether all of `[start, end)` was moved.
     #[must_use]
     pub fn holds(&self, start: usize, end: usize) -> bool {
-        let whole = self.pieces(start, end).try_fold(start, |next, (from, to, ..)| (from == next).then_some(to));
-        whole == Some(end)
+        let mut pieces = self.pieces(start, end);
+        pieces.try_fold(start, |next, (from, piece)| (from == next).then_some(piece.end)) == Some(end)
     }
 
-    fn pieces(&self, start: usize, end: usize) -> impl Iterator<Item = (usize, usize, u64, &Arc<Backing>)> {
+    /// What was moved within `[start, end)`, by address.
+    fn pieces(&self, start: usize, end: usize) -> impl Iterator<Item = (usize, Moved)> {
         let before = self.moved.range(..start).next_back();
         before.into_iter().chain(self.moved.range(start..end)).filter_map(move |(&base, moved)| {
-            let (from, to) = (base.max(start), moved.end.min(end));
-            (from < to).then(|| (from, to, moved.offset + (from - base) as u64, &moved.backing))
+            let (from, end) = (base.max(start), moved.end.min(end));
+            (from < end).then(|| (from, Moved { end, offset: moved.offset + (from - base) as u64, ..moved.clone() }))
         })
+    }
+
+    fn forget_unmapped(&mut self, maps: &Maps) {
+        let all = std::mem::take(&mut self.moved);
+        self.moved = all.iter().flat_map(|(base, moved)| moved.mapped(*base, maps)).collect();
     }
 
     /// The client replaced or unmapped `[start, end)`: what was moved there is gone.
@@ -192,10 +215,10 @@ impl ClientMemory {
         }
         let Ok(maps) = Maps::now() else { return };
         for (start, moved) in moved.into_iter().filter(|(_, moved)| moved.private) {
-            for area in maps.areas(start, moved.end) {
-                let offset = moved.offset + (area.start - start) as u64;
+            for area in maps.areas(start, moved.end).into_iter().filter(|area| moved.is_in(start, area)) {
                 // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
-                let _ = unsafe { moved.backing.map_private_at(area.start, area.end - area.start, offset, area.prot) };
+                let _ =
+                    unsafe { moved.backing.map_private_at(area.start, area.end - area.start, area.offset, area.prot) };
             }
         }
     }
