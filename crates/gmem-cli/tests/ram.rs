@@ -29,6 +29,8 @@ fn client() {
         Ok("files") => parts::private_files(),
         Ok("protection") => parts::protected_pages(),
         Ok("freed") => parts::freed_by_libc(),
+        Ok("advice") => parts::advice(),
+        Ok("shared") => parts::shared_huge_pages(),
         _ => {}
     }
 }
@@ -46,6 +48,16 @@ fn pages_that_cannot_be_read_keep_their_bytes() {
 #[test]
 fn memory_that_libc_unmaps_by_itself_is_forgotten() {
     under_gmem("freed");
+}
+
+#[test]
+fn advice_about_memory_does_what_it_does_to_private_memory() {
+    under_gmem("advice");
+}
+
+#[test]
+fn advice_about_shared_huge_pages_keeps_their_bytes() {
+    under_gmem("shared");
 }
 
 mod parts {
@@ -114,6 +126,13 @@ mod parts {
         fn protect(self, offset: usize, len: usize, prot: c_int) {
             // SAFETY: memory that nothing but these functions uses.
             assert_eq!(unsafe { libc::mprotect(self.at(offset), len, prot) }, 0);
+        }
+
+        /// `madvise`; the error if there is one.
+        fn advise(self, offset: usize, len: usize, advice: c_int) -> Result<(), i32> {
+            // SAFETY: memory that nothing but these functions uses.
+            let done = unsafe { libc::madvise(self.at(offset), len, advice) };
+            if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)) }
         }
     }
 
@@ -198,5 +217,41 @@ mod parts {
             ram.fill(NEW);
             in_child(|| ram.get(PAGE) == NEW);
         }
+    }
+
+    /// Lengths are rounded up to pages, starts are not, and only shared memory can be removed from a file.
+    pub(super) fn advice() {
+        let vm = protected_vm();
+        let ram = Ram::filled(SIZE);
+        register(vm, 0, ram);
+        assert_eq!(ram.advise(0, 100, libc::MADV_DONTNEED), Ok(()));
+        assert_eq!([ram.get(0), ram.get(200), ram.get(PAGE - 1), ram.get(PAGE)], [0, 0, 0, FILLED]);
+        assert_eq!(ram.advise(PAGE + 1, PAGE, libc::MADV_FREE), Err(libc::EINVAL));
+        assert_eq!(ram.advise(PAGE, 0, libc::MADV_FREE), Ok(()));
+        assert_eq!(ram.advise(4 * PAGE, PAGE, libc::MADV_REMOVE), Err(libc::EINVAL));
+        assert!((PAGE..SIZE).step_by(PAGE).all(|offset| ram.get(offset) == FILLED));
+        assert_eq!(ram.advise(2 * PAGE, 100, libc::MADV_FREE), Ok(()));
+        assert_eq!(ram.get(3 * PAGE), FILLED);
+
+        let file = Ram::map(SIZE, libc::MAP_PRIVATE, filled_file(SIZE));
+        register(vm, 1, file);
+        assert_eq!(file.advise(0, PAGE, libc::MADV_REMOVE), Err(libc::EACCES));
+        assert_eq!(file.advise(0, PAGE, libc::MADV_FREE), Err(libc::EINVAL));
+        assert_eq!(file.get(0), FILLED);
+    }
+
+    pub(super) fn shared_huge_pages() {
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), 2 << 20, READ_WRITE, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            eprintln!("skipped: no huge pages");
+            return;
+        }
+        let ram = Ram { base: base.cast(), len: 2 << 20 };
+        ram.fill(FILLED);
+        register(protected_vm(), 0, ram);
+        assert_eq!(ram.advise(0, ram.len, libc::MADV_DONTNEED), Ok(()));
+        assert_eq!([ram.get(0), ram.get(PAGE)], [FILLED, FILLED]);
     }
 }

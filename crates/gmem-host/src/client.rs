@@ -28,9 +28,26 @@ struct Moved {
     end: usize,
     /// Offset of the first byte in the backing.
     offset: u64,
-    /// Whether the client had it mapped privately.
-    private: bool,
+    was: Was,
     backing: Arc<Backing>,
+}
+
+/// How the client had it mapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Was {
+    Anonymous,
+    PrivateFile,
+    Shared,
+}
+
+impl From<&Area> for Was {
+    fn from(area: &Area) -> Self {
+        match (area.sharing, area.file) {
+            (Sharing::Shared, _) => Self::Shared,
+            (_, Some(_)) => Self::PrivateFile,
+            (_, None) => Self::Anonymous,
+        }
+    }
 }
 
 impl Moved {
@@ -125,8 +142,7 @@ impl ClientMemory {
             backing::prefer_huge_pages(start, len);
         }
         self.forget(start, end);
-        let private = area.sharing == Sharing::Private;
-        self.moved.insert(start, Moved { end, offset: 0, private, backing: Arc::new(backing) });
+        self.moved.insert(start, Moved { end, offset: 0, was: area.into(), backing: Arc::new(backing) });
         Ok(())
     }
 
@@ -148,27 +164,42 @@ impl ClientMemory {
         sources
     }
 
-    /// `MADV_DONTNEED` on moved memory: the client expects zeros afterwards, which on shared memory only a hole gives.
-    ///
-    /// Returns whether any part of the range was moved memory.
+    /// `MADV_DONTNEED` on memory that was private: the client expects zeros afterwards, which on shared memory only a hole gives.
+    /// Whole pages go, as many as `len` touches.
     ///
     /// # Errors
     /// Those of punching the hole.
-    pub fn advise_dontneed(&self, start: usize, len: usize) -> Result<bool, Errno> {
-        let end = start.saturating_add(len);
-        let mut any = false;
-        for (from, piece) in self.pieces(start, end) {
+    pub fn advise_dontneed(&self, start: usize, len: usize) -> Result<(), Errno> {
+        let len = len.checked_next_multiple_of(PAGE).unwrap_or(len);
+        for (from, piece) in self.pieces(start, start.saturating_add(len)).filter(|(_, piece)| piece.was != Was::Shared)
+        {
             piece.backing.punch(piece.offset, (piece.end - from) as u64)?;
-            any = true;
         }
-        Ok(any)
+        Ok(())
     }
 
-    /// Whether all of `[start, end)` was moved.
+    /// `MADV_FREE`, which the host refuses for shared memory: lazily freed memory may as well be freed at once. `None` where
+    /// the host's answer is the right one.
     #[must_use]
-    pub fn holds(&self, start: usize, end: usize) -> bool {
-        let mut pieces = self.pieces(start, end);
-        pieces.try_fold(start, |next, (from, piece)| (from == next).then_some(piece.end)) == Some(end)
+    pub fn advise_free(&self, start: usize, len: usize) -> Option<Result<(), Errno>> {
+        let end = end_of_pages(start, len)?;
+        let mut pieces = self.pieces(start, end).filter(|(_, piece)| piece.was == Was::Anonymous);
+        let whole = pieces.try_fold(start, |next, (from, piece)| (from == next).then_some(piece.end)) == Some(end);
+        whole.then(|| self.advise_dontneed(start, len))
+    }
+
+    /// `MADV_REMOVE`: the error for memory that was private, which has no file to remove anything from, or not one that it may
+    /// write to.
+    #[must_use]
+    pub fn refuses_removal(&self, start: usize, len: usize) -> Option<Errno> {
+        let end = end_of_pages(start, len)?;
+        let maps = self.pieces(start, end).next().and_then(|_| Maps::now().ok())?;
+        let mut mapped = self.pieces(start, end).filter(|(from, piece)| piece.mapped(*from, &maps).next().is_some());
+        mapped.find_map(|(_, piece)| match piece.was {
+            Was::Anonymous => Some(Errno::INVAL),
+            Was::PrivateFile => Some(Errno::ACCESS),
+            Was::Shared => None,
+        })
     }
 
     /// What was moved within `[start, end)`, by address.
@@ -214,7 +245,7 @@ impl ClientMemory {
             return;
         }
         let Ok(maps) = Maps::now() else { return };
-        for (start, moved) in moved.into_iter().filter(|(_, moved)| moved.private) {
+        for (start, moved) in moved.into_iter().filter(|(_, moved)| moved.was != Was::Shared) {
             for area in maps.areas(start, moved.end).into_iter().filter(|area| moved.is_in(start, area)) {
                 // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
                 let _ =
@@ -228,6 +259,12 @@ impl ClientMemory {
     pub fn is_empty(&self) -> bool {
         self.moved.is_empty()
     }
+}
+
+/// Where the pages of an `madvise` end, if the kernel accepts its range and has anything to do.
+fn end_of_pages(start: usize, len: usize) -> Option<usize> {
+    let end = start.checked_add(len.checked_next_multiple_of(PAGE)?)?;
+    (start.is_multiple_of(PAGE) && start < end).then_some(end)
 }
 
 /// Whether a shared mapping is of huge pages: a single page of it cannot be mapped a second time, and yet it is memory, which
@@ -291,4 +328,29 @@ fn present_pages(pagemap: &rustix::fd::OwnedFd, start: usize, end: usize) -> Opt
     let there = |entry: &[u8]| entry.last().is_some_and(|top| top & PRESENT_OR_SWAPPED != 0);
     let pages = entries[..n].chunks(8).enumerate().filter(|(_, entry)| there(entry));
     (n == entries.len()).then(|| pages.map(|(page, _)| start + page * PAGE).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A page of moved memory, which is not mapped, that holds something, and what is left of that.
+    fn after_dontneed(was: Was) -> u8 {
+        let backing = Arc::new(Backing::new(PAGE as u64).unwrap());
+        backing.write(0, &[0x5a; PAGE]).unwrap();
+        let mut memory = ClientMemory::default();
+        memory.moved.insert(PAGE, Moved { end: 2 * PAGE, offset: 0, was, backing: Arc::clone(&backing) });
+        memory.advise_dontneed(PAGE, 1).unwrap();
+        let mut bytes = [1u8; PAGE];
+        rustix::io::pread(backing.fd(), &mut bytes, 0).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+        bytes[0]
+    }
+
+    #[test]
+    fn memory_that_is_not_needed_goes_unless_it_was_shared() {
+        assert_eq!(after_dontneed(Was::Anonymous), 0);
+        assert_eq!(after_dontneed(Was::PrivateFile), 0);
+        assert_eq!(after_dontneed(Was::Shared), 0x5a);
+    }
 }
