@@ -31,6 +31,7 @@ fn client() {
         Ok("freed") => parts::freed_by_libc(),
         Ok("advice") => parts::advice(),
         Ok("shared") => parts::shared_huge_pages(),
+        Ok("remap") => parts::moves_and_resizes(),
         _ => {}
     }
 }
@@ -58,6 +59,11 @@ fn advice_about_memory_does_what_it_does_to_private_memory() {
 #[test]
 fn advice_about_shared_huge_pages_keeps_their_bytes() {
     under_gmem("shared");
+}
+
+#[test]
+fn memory_that_is_moved_and_resized_stays_private_memory() {
+    under_gmem("remap");
 }
 
 mod parts {
@@ -134,6 +140,14 @@ mod parts {
             let done = unsafe { libc::madvise(self.at(offset), len, advice) };
             if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)) }
         }
+    }
+
+    /// Memory in another place, or of another size.
+    fn remapped(ram: Ram, len: usize, flags: c_int) -> Ram {
+        // SAFETY: memory that nothing but these functions uses; the caller forgets the old address if it has to.
+        let base = unsafe { libc::mremap(ram.base.cast(), ram.len, len, flags) };
+        assert_ne!(base, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+        Ram { base: base.cast(), len }
     }
 
     /// Makes a whole mapping guest memory, which moves it.
@@ -253,5 +267,47 @@ mod parts {
         register(protected_vm(), 0, ram);
         assert_eq!(ram.advise(0, ram.len, libc::MADV_DONTNEED), Ok(()));
         assert_eq!([ram.get(0), ram.get(PAGE)], [FILLED, FILLED]);
+    }
+
+    pub(super) fn moves_and_resizes() {
+        const OWN: u8 = 0x77;
+        let vm = protected_vm();
+        let ram = Ram::filled(SIZE);
+        register(vm, 0, ram);
+        delete(vm, 0);
+        let ram = remapped(ram, 8 * SIZE, libc::MREMAP_MAYMOVE);
+        assert_eq!(ram.advise(0, PAGE, libc::MADV_DONTNEED), Ok(()));
+        assert_eq!([ram.get(0), ram.get(PAGE), ram.get(SIZE), ram.get(8 * SIZE - 1)], [0, FILLED, 0, 0]);
+        ram.set(4 * SIZE, OWN);
+        in_child(|| {
+            let same = ram.get(PAGE) == FILLED && ram.get(4 * SIZE) == OWN;
+            ram.set(PAGE, 1);
+            ram.set(4 * SIZE, 1);
+            same
+        });
+        assert_eq!([ram.get(PAGE), ram.get(4 * SIZE)], [FILLED, OWN], "the child wrote to the parent's memory");
+
+        let less = remapped(ram, 2 * PAGE, 0);
+        let more = remapped(less, 8 * SIZE, libc::MREMAP_MAYMOVE);
+        assert_eq!(
+            [more.get(PAGE), more.get(2 * PAGE), more.get(4 * SIZE)],
+            [FILLED, 0, 0],
+            "what was cut off is back"
+        );
+
+        let ram = Ram::filled(SIZE);
+        register(vm, 1, ram);
+        let kept = remapped(ram, SIZE, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP);
+        assert_eq!([ram.get(0), kept.get(0)], [0, FILLED]);
+        ram.set(0, OWN);
+        assert_eq!([ram.get(0), kept.get(0)], [OWN, FILLED]);
+
+        // One half moves and grows beyond what is left of the other.
+        let ram = Ram::filled(SIZE);
+        register(vm, 2, ram);
+        let half = Ram { len: SIZE / 2, ..ram };
+        let moved = remapped(half, SIZE, libc::MREMAP_MAYMOVE);
+        moved.set(SIZE / 2, OWN);
+        assert_eq!([moved.get(0), moved.get(SIZE / 2 + 1), ram.get(SIZE / 2)], [FILLED, 0, FILLED]);
     }
 }

@@ -17,7 +17,6 @@ use crate::maps::FileId;
 #[derive(Debug)]
 pub struct Backing {
     fd: OwnedFd,
-    size: u64,
 }
 
 impl Backing {
@@ -28,13 +27,16 @@ impl Backing {
     pub fn new(size: u64) -> Result<Self, Errno> {
         let fd = fds::hide(rustix::fs::memfd_create("gmem", MemfdFlags::CLOEXEC)?)?;
         fds::set_size(&fd, size)?;
-        Ok(Self { fd, size })
+        Ok(Self { fd })
     }
 
-    /// Size in bytes.
-    #[must_use]
-    pub fn size(&self) -> u64 {
-        self.size
+    /// Makes `size` bytes of what has at most `at_most` so far; the new ones are zeros.
+    ///
+    /// # Errors
+    /// EINVAL if there are more already, EFBIG beyond the process's file size limit.
+    pub(crate) fn grow(&self, at_most: u64, size: u64) -> Result<(), Errno> {
+        let now = u64::try_from(rustix::fs::fstat(&self.fd)?.st_size).unwrap_or(u64::MAX);
+        if now > at_most { Err(Errno::INVAL) } else { fds::set_size(&self.fd, size) }
     }
 
     /// What `/proc/self/maps` calls it.
@@ -150,9 +152,22 @@ pub(crate) fn pointer(address: usize) -> *mut c_void {
 /// # Safety
 /// As [`Backing::map_at`].
 pub unsafe fn map_nothing_at(address: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: of the caller.
+    unsafe { map_new_at(address, len, ProtFlags::empty().bits()) }
+}
+
+/// Maps new private memory at a fixed address.
+///
+/// # Errors
+/// ENOMEM.
+///
+/// # Safety
+/// As [`Backing::map_at`].
+pub(crate) unsafe fn map_new_at(address: usize, len: usize, prot: u32) -> Result<(), Errno> {
     let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    let prot = ProtFlags::from_bits_retain(prot);
     // SAFETY: the caller owns the target range.
-    unsafe { rustix::mm::mmap_anonymous(pointer(address), len, ProtFlags::empty(), flags) }.map(|_| ())
+    unsafe { rustix::mm::mmap_anonymous(pointer(address), len, prot, flags) }.map(|_| ())
 }
 
 /// Maps the pages of the shared mapping at `from` a second time, at `to`.

@@ -65,6 +65,32 @@ impl Moved {
     }
 }
 
+/// Moved memory that the client has mapped elsewhere now, by the addresses there.
+#[derive(Debug, Default)]
+pub struct Carried(Vec<(usize, Moved)>);
+
+impl Carried {
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// A mapping of the last piece goes on beyond it, in `area`, which gets memory of its own: more of the backing, or if that
+    /// has been used for something else, new memory like any other.
+    fn grow(&mut self, area: &Area) {
+        let Some((start, last)) = self.0.last_mut().filter(|(_, last)| last.end == area.start) else { return };
+        let from = last.offset + (area.start - *start) as u64;
+        let len = area.end - area.start;
+        if last.backing.grow(from, from + len as u64).is_ok() {
+            last.end = area.end;
+        } else if last.was != Was::Shared {
+            // SAFETY: the client has just got this range from the kernel, and expects zeros there.
+            let _ = unsafe { backing::map_new_at(area.start, len, area.prot) };
+        }
+    }
+}
+
 /// Client memory that is mapped in one way, as the source of a second mapping.
 #[derive(Clone, Debug)]
 pub struct Source {
@@ -232,6 +258,47 @@ impl ClientMemory {
                 let offset = moved.offset + (end - base) as u64;
                 self.moved.insert(end, Moved { offset, ..moved });
             }
+        }
+    }
+
+    /// The client moved or resized its mapping of `[start, start + old)`, which is at `[base, base + new)` now; with `keeps` the
+    /// old one is still there. What was moved to memfds there goes along, by [`ClientMemory::put_down`], when all that is known of
+    /// both ranges was forgotten.
+    #[must_use]
+    pub fn pick_up(&self, (start, old): (usize, usize), (base, new): (usize, usize), keeps: bool) -> Carried {
+        let (old, new) = (old.next_multiple_of(PAGE), new.next_multiple_of(PAGE));
+        // An old length of zero makes a second mapping.
+        let common = if old == 0 { new } else { old.min(new) };
+        let mut pieces = self.pieces(start, start + common).peekable();
+        let Some(maps) = pieces.peek().and_then(|_| Maps::now().ok()) else { return Carried::default() };
+        let there = |address: usize| base + (address - start);
+        let moved = pieces.map(|(from, piece)| (there(from), Moved { end: there(piece.end), ..piece }));
+        let mut carried =
+            Carried(moved.flat_map(|(from, piece)| piece.mapped(from, &maps).collect::<Vec<_>>()).collect());
+        for area in maps.areas(base + common, base + new) {
+            carried.grow(&area);
+        }
+        if keeps && old > 0 {
+            self.leave_nothing_behind(start, start + old, &maps);
+        }
+        carried
+    }
+
+    /// The old mapping of private memory that was moved with `MREMAP_DONTUNMAP` is empty afterwards.
+    fn leave_nothing_behind(&self, start: usize, end: usize, maps: &Maps) {
+        for (from, piece) in self.pieces(start, end).filter(|(_, piece)| piece.was != Was::Shared) {
+            for area in maps.areas(from, piece.end).into_iter().filter(|area| piece.is_in(from, area)) {
+                // SAFETY: the client's mapping of this range, of which it expects that it holds nothing any more.
+                let _ = unsafe { backing::map_new_at(area.start, area.end - area.start, area.prot) };
+            }
+        }
+    }
+
+    /// See [`ClientMemory::pick_up`].
+    pub fn put_down(&mut self, carried: Carried) {
+        for (base, moved) in carried.0 {
+            self.forget(base, moved.end);
+            self.moved.insert(base, moved);
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, W
 use gmem_core::file::FileFlags;
 use gmem_core::ops::{Claim, FileClaim};
 use gmem_core::slot::SlotFlags;
-use gmem_host::client::ClientMemory;
+use gmem_host::client::{Carried, ClientMemory};
 use gmem_host::kvm::RunMapping;
 use gmem_host::sys::{Argument, SignalsBlocked};
 use gmem_host::{address_space, fds, kvm};
@@ -376,10 +376,17 @@ impl Process {
     /// The client moved, grew or shrank the mapping at `start`; with `keeps` the old one is still there.
     pub fn mapping_moved(&self, (start, old): (usize, usize), (base, new): (usize, usize), keeps: bool) {
         let file = if self.mapping_count.load(Ordering::Relaxed) == 0 { None } else { self.mapped_at(start) };
-        if !keeps {
+        let has_vm = self.vm_count.load(Ordering::Relaxed) > 0;
+        let ram =
+            if has_vm { lock(&self.client).pick_up((start, old), (base, new), keeps) } else { Carried::default() };
+        // Of private memory only the address is kept.
+        if !keeps || old > 0 && !ram.is_empty() {
             self.mapping_changed(start, old);
         }
         self.mapping_changed(base, new);
+        if !ram.is_empty() {
+            lock(&self.client).put_down(ram);
+        }
         if let Some(file) = file {
             self.maps(base, new.next_multiple_of(4096), file);
         }
