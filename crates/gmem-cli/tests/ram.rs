@@ -32,6 +32,7 @@ fn client() {
         Ok("advice") => parts::advice(),
         Ok("shared") => parts::shared_huge_pages(),
         Ok("remap") => parts::moves_and_resizes(),
+        Ok("flags") => parts::locked_and_kept_from_children(),
         _ => {}
     }
 }
@@ -64,6 +65,11 @@ fn advice_about_shared_huge_pages_keeps_their_bytes() {
 #[test]
 fn memory_that_is_moved_and_resized_stays_private_memory() {
     under_gmem("remap");
+}
+
+#[test]
+fn locked_memory_and_what_children_and_dumps_are_not_to_have_stay_that() {
+    under_gmem("flags");
 }
 
 mod parts {
@@ -309,5 +315,30 @@ mod parts {
         let moved = remapped(half, SIZE, libc::MREMAP_MAYMOVE);
         moved.set(SIZE / 2, OWN);
         assert_eq!([moved.get(0), moved.get(SIZE / 2 + 1), ram.get(SIZE / 2)], [FILLED, 0, FILLED]);
+    }
+
+    /// The `VmFlags` of the mapping that starts at `base`.
+    fn flags(base: *const u8) -> Vec<String> {
+        let all = std::fs::read_to_string("/proc/self/smaps").expect("mappings");
+        let own = all.lines().skip_while(|line| !line.starts_with(&format!("{:x}-", base.addr())));
+        let flags = own.filter_map(|line| line.strip_prefix("VmFlags: ")).next().expect("flags");
+        flags.split_whitespace().map(str::to_owned).collect()
+    }
+
+    pub(super) fn locked_and_kept_from_children() {
+        let vm = protected_vm();
+        // Small enough for every limit of locked memory.
+        let ram = Ram::filled(4 * PAGE);
+        assert_eq!(ram.advise(0, ram.len, libc::MADV_DONTFORK), Ok(()));
+        assert_eq!(ram.advise(0, ram.len, libc::MADV_DONTDUMP), Ok(()));
+        // SAFETY: memory of this function's.
+        assert_eq!(unsafe { libc::mlock(ram.base.cast(), ram.len) }, 0);
+        register(vm, 0, ram);
+        let flags = flags(ram.base);
+        assert!(["lo", "dc", "dd"].iter().all(|flag| flags.iter().any(|has| has == flag)), "{flags:?}");
+        for advice in [libc::MADV_DONTNEED, libc::MADV_FREE] {
+            assert_eq!(ram.advise(0, PAGE, advice), Err(libc::EINVAL), "it is locked");
+        }
+        assert_eq!(ram.get(0), FILLED);
     }
 }

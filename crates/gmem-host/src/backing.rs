@@ -5,10 +5,10 @@ use core::ffi::c_void;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MlockFlags, MremapFlags, ProtFlags};
 
 use crate::fds;
-use crate::maps::FileId;
+use crate::maps::{FileId, VmFlags};
 
 /// Pages that gmem owns and that no descriptor of the client names.
 ///
@@ -211,4 +211,21 @@ pub(crate) unsafe fn keep_from_children(address: usize, len: usize) {
 pub unsafe fn prefer_huge_pages(address: usize, len: usize) {
     // SAFETY: the advice changes no contents.
     let _ = unsafe { rustix::mm::madvise(pointer(address), len, Advice::LinuxHugepage) };
+}
+
+/// Gives a mapping what the client had asked for where it is now. What the host refuses the client does without.
+///
+/// # Safety
+/// `[address, address + len)` must be mapped by the caller, which must want all that `flags` has.
+pub(crate) unsafe fn restore_flags(address: usize, len: usize, flags: &VmFlags) {
+    let advice = [("dc", Advice::LinuxDontFork), ("dd", Advice::LinuxDontDump), ("nh", Advice::LinuxNoHugepage)];
+    for (_, advice) in advice.into_iter().filter(|(flag, _)| flags.has(flag)) {
+        // SAFETY: the advice changes no contents; who may not have the memory did not have it before.
+        let _ = unsafe { rustix::mm::madvise(pointer(address), len, advice) };
+    }
+    if flags.has("lo") {
+        let how = if flags.has("lf") { MlockFlags::ONFAULT } else { MlockFlags::empty() };
+        // SAFETY: locking changes no contents.
+        let _ = unsafe { rustix::mm::mlock_with(pointer(address), len, how) };
+    }
 }

@@ -12,9 +12,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use rustix::io::Errno;
+use rustix::mm::Advice;
 
 use crate::backing::{self, Backing};
-use crate::maps::{Area, Maps, Sharing};
+use crate::maps::{Area, Maps, Sharing, VmFlags};
 use crate::sys;
 
 /// Ranges of client memory that were moved into memfds.
@@ -162,10 +163,12 @@ impl ClientMemory {
         if !copy_contents(area, &backing)? {
             return Ok(());
         }
+        let flags = VmFlags::at(start).unwrap_or_default();
         // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
         unsafe {
             backing.map_protected_at(start, len, 0, area.prot)?;
             backing::prefer_huge_pages(start, len);
+            backing::restore_flags(start, len, &flags);
         }
         self.forget(start, end);
         self.moved.insert(start, Moved { end, offset: 0, was: area.into(), backing: Arc::new(backing) });
@@ -209,9 +212,15 @@ impl ClientMemory {
     #[must_use]
     pub fn advise_free(&self, start: usize, len: usize) -> Option<Result<(), Errno>> {
         let end = end_of_pages(start, len)?;
-        let mut pieces = self.pieces(start, end).filter(|(_, piece)| piece.was == Was::Anonymous);
-        let whole = pieces.try_fold(start, |next, (from, piece)| (from == next).then_some(piece.end)) == Some(end);
-        whole.then(|| self.advise_dontneed(start, len))
+        let maps = self.pieces(start, end).next().and_then(|_| Maps::now().ok())?;
+        let anonymous = self.pieces(start, end).filter(|(_, piece)| piece.was == Was::Anonymous);
+        let mut mapped = anonymous.flat_map(|(from, piece)| piece.mapped(from, &maps).collect::<Vec<_>>());
+        let whole = mapped.try_fold(start, |next, (from, piece)| (from == next).then_some(piece.end)) == Some(end);
+        whole.then(|| {
+            // SAFETY: the memory is shared, so that this changes nothing, but it is refused for the same reasons.
+            unsafe { rustix::mm::madvise(backing::pointer(start), end - start, Advice::LinuxDontNeed) }?;
+            self.advise_dontneed(start, len)
+        })
     }
 
     /// `MADV_REMOVE`: the error for memory that was private, which has no file to remove anything from, or not one that it may

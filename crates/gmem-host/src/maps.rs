@@ -182,6 +182,54 @@ pub fn area_around(address: usize) -> Option<(usize, usize)> {
     Some((area.start, area.end))
 }
 
+/// What the kernel keeps about a mapping beside its protection, as `VmFlags` of `/proc/self/smaps` has it.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct VmFlags(String);
+
+impl VmFlags {
+    /// Whether a flag is set, by its two letters.
+    #[must_use]
+    pub fn has(&self, flag: &str) -> bool {
+        self.0.split_ascii_whitespace().any(|set| set == flag)
+    }
+
+    /// Those of the mapping at `address`. The file is read no further than it has to be: the kernel walks the pages of every
+    /// mapping that it writes about.
+    ///
+    /// # Errors
+    /// Those of opening and reading the file; ENOENT if nothing is mapped there.
+    pub fn at(address: usize) -> Result<Self, Errno> {
+        let file = rustix::fs::open("/proc/self/smaps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let (mut text, mut inside) = (Vec::new(), false);
+        loop {
+            let mut chunk = [0u8; 4096];
+            let n = rustix::io::read(&file, &mut chunk)?;
+            text.extend_from_slice(&chunk[..n]);
+            let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            if let Some(flags) = flags_in(&text[..whole], address, &mut inside) {
+                return Ok(flags);
+            }
+            text.drain(..whole);
+            if n == 0 {
+                return Err(Errno::NOENT);
+            }
+        }
+    }
+}
+
+/// The flags of the mapping at `address`, if they are in these lines. `inside` says whether the lines before told of it.
+fn flags_in(text: &[u8], address: usize, inside: &mut bool) -> Option<VmFlags> {
+    let lines = text.split(|byte| *byte == b'\n').filter_map(|line| core::str::from_utf8(line).ok());
+    for line in lines {
+        if let Some((area, _)) = parse(line) {
+            *inside = area.start <= address && address < area.end;
+        } else if let (true, Some(flags)) = (*inside, line.strip_prefix("VmFlags:")) {
+            return Some(VmFlags(flags.to_owned()));
+        }
+    }
+    None
+}
+
 /// An area and its name, which is a path, a word in brackets, or nothing.
 fn parse(line: &str) -> Option<(Area, &str)> {
     let mut fields = line.split_ascii_whitespace();
@@ -245,6 +293,18 @@ mod tests {
         let on_stack = 0u8;
         assert_eq!(sharing((&raw const on_stack).addr()), Sharing::Program);
         LOCAL.with(|local| assert_eq!(sharing((&raw const *local).addr()), Sharing::Program));
+    }
+
+    #[test]
+    fn flags_are_those_of_the_mapping_that_was_asked_for() {
+        let text = b"7000-8000 rw-p 0 00:00 0\nVmFlags: rd lo \n9000-a000 ---p 0 00:00 0\nSize: 4 kB\nVmFlags: wr dd\n";
+        let at = |address| flags_in(text, address, &mut false);
+        assert!(at(0x7fff).is_some_and(|flags| flags.has("lo") && !flags.has("dd")));
+        assert!(at(0x9000).is_some_and(|flags| flags.has("dd") && !flags.has("lo")));
+        assert_eq!(at(0x8000), None);
+        let on_stack = 0u8;
+        assert!(VmFlags::at((&raw const on_stack).addr()).unwrap().has("wr"));
+        assert_eq!(VmFlags::at(0), Err(Errno::NOENT));
     }
 
     #[test]
