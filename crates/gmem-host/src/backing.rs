@@ -5,9 +5,10 @@ use core::ffi::c_void;
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MlockFlags, MremapFlags, ProtFlags};
 
 use crate::fds::{self, Hidden};
+use crate::maps::{FileId, VmFlags};
 
 /// Pages that gmem owns and that no descriptor of the client names.
 ///
@@ -16,7 +17,6 @@ use crate::fds::{self, Hidden};
 #[derive(Debug)]
 pub struct Backing {
     fd: Hidden,
-    size: u64,
 }
 
 impl Backing {
@@ -27,14 +27,23 @@ impl Backing {
     pub fn new(size: u64) -> Result<Self, Errno> {
         let fd = rustix::fs::memfd_create("gmem", MemfdFlags::CLOEXEC)?;
         fds::set_size(&fd, size)?;
-        let fd = fds::hide(fd)?;
-        Ok(Self { fd, size })
+        Ok(Self { fd: fds::hide(fd)? })
     }
 
-    /// Size in bytes.
+    /// Makes `size` bytes of what has at most `at_most` so far; the new ones are zeros.
+    ///
+    /// # Errors
+    /// EINVAL if there are more already, EFBIG beyond the process's file size limit.
+    pub(crate) fn grow(&self, at_most: u64, size: u64) -> Result<(), Errno> {
+        let now = u64::try_from(rustix::fs::fstat(&self.fd)?.st_size).unwrap_or(u64::MAX);
+        if now > at_most { Err(Errno::INVAL) } else { fds::set_size(&self.fd, size) }
+    }
+
+    /// What `/proc/self/maps` calls it.
     #[must_use]
-    pub fn size(&self) -> u64 {
-        self.size
+    pub(crate) fn id(&self) -> Option<FileId> {
+        let stat = rustix::fs::fstat(&self.fd).ok()?;
+        Some(FileId { device: stat.st_dev, inode: stat.st_ino })
     }
 
     /// Its descriptor.
@@ -143,9 +152,22 @@ pub(crate) fn pointer(address: usize) -> *mut c_void {
 /// # Safety
 /// As [`Backing::map_at`].
 pub unsafe fn map_nothing_at(address: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: of the caller.
+    unsafe { map_new_at(address, len, ProtFlags::empty().bits()) }
+}
+
+/// Maps new private memory at a fixed address.
+///
+/// # Errors
+/// ENOMEM.
+///
+/// # Safety
+/// As [`Backing::map_at`].
+pub(crate) unsafe fn map_new_at(address: usize, len: usize, prot: u32) -> Result<(), Errno> {
     let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    let prot = ProtFlags::from_bits_retain(prot);
     // SAFETY: the caller owns the target range.
-    unsafe { rustix::mm::mmap_anonymous(pointer(address), len, ProtFlags::empty(), flags) }.map(|_| ())
+    unsafe { rustix::mm::mmap_anonymous(pointer(address), len, prot, flags) }.map(|_| ())
 }
 
 /// Maps the pages of the shared mapping at `from` a second time, at `to`.
@@ -189,4 +211,21 @@ pub(crate) unsafe fn keep_from_children(address: usize, len: usize) {
 pub unsafe fn prefer_huge_pages(address: usize, len: usize) {
     // SAFETY: the advice changes no contents.
     let _ = unsafe { rustix::mm::madvise(pointer(address), len, Advice::LinuxHugepage) };
+}
+
+/// Gives a mapping what the client had asked for where it is now. What the host refuses the client does without.
+///
+/// # Safety
+/// `[address, address + len)` must be mapped by the caller, which must want all that `flags` has.
+pub(crate) unsafe fn restore_flags(address: usize, len: usize, flags: &VmFlags) {
+    let advice = [("dc", Advice::LinuxDontFork), ("dd", Advice::LinuxDontDump), ("nh", Advice::LinuxNoHugepage)];
+    for (_, advice) in advice.into_iter().filter(|(flag, _)| flags.has(flag)) {
+        // SAFETY: the advice changes no contents; who may not have the memory did not have it before.
+        let _ = unsafe { rustix::mm::madvise(pointer(address), len, advice) };
+    }
+    if flags.has("lo") {
+        let how = if flags.has("lf") { MlockFlags::ONFAULT } else { MlockFlags::empty() };
+        // SAFETY: locking changes no contents.
+        let _ = unsafe { rustix::mm::mlock_with(pointer(address), len, how) };
+    }
 }

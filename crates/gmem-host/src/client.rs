@@ -4,14 +4,18 @@
 //! that, but not those of hugetlb pages, which cannot be mapped in part; these and private mappings are moved into a memfd
 //! at the same address when they become guest memory. The client does not notice, except that
 //! operations which depend on the memory being private anonymous memory are translated by [`ClientMemory::advise_dontneed`].
+//!
+//! A private mapping of a file is copied whole and is no mapping of the file any more: what others write to the file later is
+//! not seen, `MADV_DONTNEED` gives zeros instead of the file's bytes, and pages beyond the file's end read as zeros.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use rustix::io::Errno;
+use rustix::mm::Advice;
 
 use crate::backing::{self, Backing};
-use crate::maps::{self, Area, Maps, Sharing};
+use crate::maps::{Area, Maps, Sharing, VmFlags};
 use crate::sys;
 
 /// Ranges of client memory that were moved into memfds.
@@ -20,14 +24,72 @@ pub struct ClientMemory {
     moved: BTreeMap<usize, Moved>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Moved {
     end: usize,
     /// Offset of the first byte in the backing.
     offset: u64,
-    /// Whether the client had it mapped privately.
-    private: bool,
+    was: Was,
     backing: Arc<Backing>,
+}
+
+/// How the client had it mapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Was {
+    Anonymous,
+    PrivateFile,
+    Shared,
+}
+
+impl From<&Area> for Was {
+    fn from(area: &Area) -> Self {
+        match (area.sharing, area.file) {
+            (Sharing::Shared, _) => Self::Shared,
+            (_, Some(_)) => Self::PrivateFile,
+            (_, None) => Self::Anonymous,
+        }
+    }
+}
+
+impl Moved {
+    /// Whether an area within this piece, which starts at `base`, is still what it was moved to: libc unmaps memory of its own
+    /// without a call that gmem sees.
+    fn is_in(&self, base: usize, area: &Area) -> bool {
+        let offset = self.offset + (area.start - base) as u64;
+        area.file.is_some() && area.file == self.backing.id() && area.offset == offset
+    }
+
+    /// The parts of this piece, which starts at `base`, that are mapped.
+    fn mapped(&self, base: usize, maps: &Maps) -> impl Iterator<Item = (usize, Self)> {
+        let areas = maps.areas(base, self.end).into_iter().filter(move |area| self.is_in(base, area));
+        areas.map(|area| (area.start, Self { end: area.end, offset: area.offset, ..self.clone() }))
+    }
+}
+
+/// Moved memory that the client has mapped elsewhere now, by the addresses there.
+#[derive(Debug, Default)]
+pub struct Carried(Vec<(usize, Moved)>);
+
+impl Carried {
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// A mapping of the last piece goes on beyond it, in `area`, which gets memory of its own: more of the backing, or if that
+    /// has been used for something else, new memory like any other.
+    fn grow(&mut self, area: &Area) {
+        let Some((start, last)) = self.0.last_mut().filter(|(_, last)| last.end == area.start) else { return };
+        let from = last.offset + (area.start - *start) as u64;
+        let len = area.end - area.start;
+        if last.backing.grow(from, from + len as u64).is_ok() {
+            last.end = area.end;
+        } else if last.was != Was::Shared {
+            // SAFETY: the client has just got this range from the kernel, and expects zeros there.
+            let _ = unsafe { backing::map_new_at(area.start, len, area.prot) };
+        }
+    }
 }
 
 /// Client memory that is mapped in one way, as the source of a second mapping.
@@ -42,12 +104,10 @@ pub struct Source {
 impl Source {
     /// The part within `[start, end)`.
     pub(crate) fn part(&self, start: usize, end: usize) -> Option<Self> {
-        let area = Area { start: self.area.start.max(start), end: self.area.end.min(end), ..self.area };
-        (area.start < area.end).then(|| {
-            let further = (area.start - self.area.start) as u64;
-            let moved = self.moved.as_ref().map(|(backing, offset)| (Arc::clone(backing), offset + further));
-            Self { area, moved }
-        })
+        let area = self.area.part(start, end)?;
+        let further = (area.start - self.area.start) as u64;
+        let moved = self.moved.as_ref().map(|(backing, offset)| (Arc::clone(backing), offset + further));
+        Some(Self { area, moved })
     }
 
     /// Maps it a second time, at `to`. What was moved replaces the target in one step; the rest leaves it unmapped in between.
@@ -84,7 +144,9 @@ impl ClientMemory {
     /// # Errors
     /// ENOMEM, EMFILE. What was moved before the error stays moved, which changes nothing for the client.
     pub fn make_shareable(&mut self, start: usize, len: usize) -> Result<(), Errno> {
-        for area in maps::areas(start, start.saturating_add(len))? {
+        let maps = Maps::now()?;
+        self.forget_unmapped(&maps);
+        for area in maps.areas(start, start.saturating_add(len)) {
             match area.sharing {
                 Sharing::Private => self.move_to_memfd(&area)?,
                 Sharing::Shared if is_hugetlb(&area) => self.move_to_memfd(&area)?,
@@ -98,15 +160,18 @@ impl ClientMemory {
         let (start, end) = (area.start, area.end);
         let len = end - start;
         let backing = Backing::new(len as u64)?;
-        copy_present(start, len, &backing)?;
+        if !copy_contents(area, &backing)? {
+            return Ok(());
+        }
+        let flags = VmFlags::at(start).unwrap_or_default();
         // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
         unsafe {
             backing.map_protected_at(start, len, 0, area.prot)?;
             backing::prefer_huge_pages(start, len);
+            backing::restore_flags(start, len, &flags);
         }
         self.forget(start, end);
-        let private = area.sharing == Sharing::Private;
-        self.moved.insert(start, Moved { end, offset: 0, private, backing: Arc::new(backing) });
+        self.moved.insert(start, Moved { end, offset: 0, was: area.into(), backing: Arc::new(backing) });
         Ok(())
     }
 
@@ -117,46 +182,73 @@ impl ClientMemory {
         for area in maps.areas(start, start.saturating_add(len)) {
             let whole = Source { area, moved: None };
             let mut next = area.start;
-            for (from, to, offset, backing) in self.pieces(area.start, area.end) {
+            for (from, piece) in self.pieces(area.start, area.end) {
+                let Some(area) = area.part(from, piece.end).filter(|area| piece.is_in(from, area)) else { continue };
                 sources.extend(whole.part(next, from));
-                let area = Area { start: from, end: to, ..area };
-                sources.push(Source { area, moved: Some((Arc::clone(backing), offset)) });
-                next = to;
+                next = area.end;
+                sources.push(Source { area, moved: Some((piece.backing, piece.offset)) });
             }
             sources.extend(whole.part(next, area.end));
         }
         sources
     }
 
-    /// `MADV_DONTNEED` on moved memory: the client expects zeros afterwards, which on shared memory only a hole gives.
-    ///
-    /// Returns whether any part of the range was moved memory.
+    /// `MADV_DONTNEED` on memory that was private: the client expects zeros afterwards, which on shared memory only a hole gives.
+    /// Whole pages go, as many as `len` touches.
     ///
     /// # Errors
     /// Those of punching the hole.
-    pub fn advise_dontneed(&self, start: usize, len: usize) -> Result<bool, Errno> {
-        let end = start.saturating_add(len);
-        let mut any = false;
-        for (from, to, offset, backing) in self.pieces(start, end) {
-            backing.punch(offset, (to - from) as u64)?;
-            any = true;
+    pub fn advise_dontneed(&self, start: usize, len: usize) -> Result<(), Errno> {
+        let len = len.checked_next_multiple_of(PAGE).unwrap_or(len);
+        for (from, piece) in self.pieces(start, start.saturating_add(len)).filter(|(_, piece)| piece.was != Was::Shared)
+        {
+            piece.backing.punch(piece.offset, (piece.end - from) as u64)?;
         }
-        Ok(any)
+        Ok(())
     }
 
-    /// Whether all of `[start, end)` was moved.
+    /// `MADV_FREE`, which the host refuses for shared memory: lazily freed memory may as well be freed at once. `None` where
+    /// the host's answer is the right one.
     #[must_use]
-    pub fn holds(&self, start: usize, end: usize) -> bool {
-        let whole = self.pieces(start, end).try_fold(start, |next, (from, to, ..)| (from == next).then_some(to));
-        whole == Some(end)
+    pub fn advise_free(&self, start: usize, len: usize) -> Option<Result<(), Errno>> {
+        let end = end_of_pages(start, len)?;
+        let maps = self.pieces(start, end).next().and_then(|_| Maps::now().ok())?;
+        let anonymous = self.pieces(start, end).filter(|(_, piece)| piece.was == Was::Anonymous);
+        let mut mapped = anonymous.flat_map(|(from, piece)| piece.mapped(from, &maps).collect::<Vec<_>>());
+        let whole = mapped.try_fold(start, |next, (from, piece)| (from == next).then_some(piece.end)) == Some(end);
+        whole.then(|| {
+            // SAFETY: the memory is shared, so that this changes nothing, but it is refused for the same reasons.
+            unsafe { rustix::mm::madvise(backing::pointer(start), end - start, Advice::LinuxDontNeed) }?;
+            self.advise_dontneed(start, len)
+        })
     }
 
-    fn pieces(&self, start: usize, end: usize) -> impl Iterator<Item = (usize, usize, u64, &Arc<Backing>)> {
+    /// `MADV_REMOVE`: the error for memory that was private, which has no file to remove anything from, or not one that it may
+    /// write to.
+    #[must_use]
+    pub fn refuses_removal(&self, start: usize, len: usize) -> Option<Errno> {
+        let end = end_of_pages(start, len)?;
+        let maps = self.pieces(start, end).next().and_then(|_| Maps::now().ok())?;
+        let mut mapped = self.pieces(start, end).filter(|(from, piece)| piece.mapped(*from, &maps).next().is_some());
+        mapped.find_map(|(_, piece)| match piece.was {
+            Was::Anonymous => Some(Errno::INVAL),
+            Was::PrivateFile => Some(Errno::ACCESS),
+            Was::Shared => None,
+        })
+    }
+
+    /// What was moved within `[start, end)`, by address.
+    fn pieces(&self, start: usize, end: usize) -> impl Iterator<Item = (usize, Moved)> {
         let before = self.moved.range(..start).next_back();
         before.into_iter().chain(self.moved.range(start..end)).filter_map(move |(&base, moved)| {
-            let (from, to) = (base.max(start), moved.end.min(end));
-            (from < to).then(|| (from, to, moved.offset + (from - base) as u64, &moved.backing))
+            let (from, end) = (base.max(start), moved.end.min(end));
+            (from < end).then(|| (from, Moved { end, offset: moved.offset + (from - base) as u64, ..moved.clone() }))
         })
+    }
+
+    fn forget_unmapped(&mut self, maps: &Maps) {
+        let all = std::mem::take(&mut self.moved);
+        self.moved = all.iter().flat_map(|(base, moved)| moved.mapped(*base, maps)).collect();
     }
 
     /// The client replaced or unmapped `[start, end)`: what was moved there is gone.
@@ -178,6 +270,47 @@ impl ClientMemory {
         }
     }
 
+    /// The client moved or resized its mapping of `[start, start + old)`, which is at `[base, base + new)` now; with `keeps` the
+    /// old one is still there. What was moved to memfds there goes along, by [`ClientMemory::put_down`], when all that is known of
+    /// both ranges was forgotten.
+    #[must_use]
+    pub fn pick_up(&self, (start, old): (usize, usize), (base, new): (usize, usize), keeps: bool) -> Carried {
+        let (old, new) = (old.next_multiple_of(PAGE), new.next_multiple_of(PAGE));
+        // An old length of zero makes a second mapping.
+        let common = if old == 0 { new } else { old.min(new) };
+        let mut pieces = self.pieces(start, start + common).peekable();
+        let Some(maps) = pieces.peek().and_then(|_| Maps::now().ok()) else { return Carried::default() };
+        let there = |address: usize| base + (address - start);
+        let moved = pieces.map(|(from, piece)| (there(from), Moved { end: there(piece.end), ..piece }));
+        let mut carried =
+            Carried(moved.flat_map(|(from, piece)| piece.mapped(from, &maps).collect::<Vec<_>>()).collect());
+        for area in maps.areas(base + common, base + new) {
+            carried.grow(&area);
+        }
+        if keeps && old > 0 {
+            self.leave_nothing_behind(start, start + old, &maps);
+        }
+        carried
+    }
+
+    /// The old mapping of private memory that was moved with `MREMAP_DONTUNMAP` is empty afterwards.
+    fn leave_nothing_behind(&self, start: usize, end: usize, maps: &Maps) {
+        for (from, piece) in self.pieces(start, end).filter(|(_, piece)| piece.was != Was::Shared) {
+            for area in maps.areas(from, piece.end).into_iter().filter(|area| piece.is_in(from, area)) {
+                // SAFETY: the client's mapping of this range, of which it expects that it holds nothing any more.
+                let _ = unsafe { backing::map_new_at(area.start, area.end - area.start, area.prot) };
+            }
+        }
+    }
+
+    /// See [`ClientMemory::pick_up`].
+    pub fn put_down(&mut self, carried: Carried) {
+        for (base, moved) in carried.0 {
+            self.forget(base, moved.end);
+            self.moved.insert(base, moved);
+        }
+    }
+
     /// This process is a child of fork: memory that was private when it was moved becomes private again. The child has what
     /// was there at the fork, as long as the parent does not change it before the child does.
     ///
@@ -188,11 +321,11 @@ impl ClientMemory {
             return;
         }
         let Ok(maps) = Maps::now() else { return };
-        for (start, moved) in moved.into_iter().filter(|(_, moved)| moved.private) {
-            for area in maps.areas(start, moved.end) {
-                let offset = moved.offset + (area.start - start) as u64;
+        for (start, moved) in moved.into_iter().filter(|(_, moved)| moved.was != Was::Shared) {
+            for area in maps.areas(start, moved.end).into_iter().filter(|area| moved.is_in(start, area)) {
                 // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
-                let _ = unsafe { moved.backing.map_private_at(area.start, area.end - area.start, offset, area.prot) };
+                let _ =
+                    unsafe { moved.backing.map_private_at(area.start, area.end - area.start, area.offset, area.prot) };
             }
         }
     }
@@ -204,6 +337,12 @@ impl ClientMemory {
     }
 }
 
+/// Where the pages of an `madvise` end, if the kernel accepts its range and has anything to do.
+fn end_of_pages(start: usize, len: usize) -> Option<usize> {
+    let end = start.checked_add(len.checked_next_multiple_of(PAGE)?)?;
+    (start.is_multiple_of(PAGE) && start < end).then_some(end)
+}
+
 /// Whether a shared mapping is of huge pages: a single page of it cannot be mapped a second time, and yet it is memory, which
 /// the mapping of a device is not.
 fn is_hugetlb(area: &Area) -> bool {
@@ -211,28 +350,45 @@ fn is_hugetlb(area: &Area) -> bool {
     cannot_be_duplicated && sys::copy_from_client(area.start, &mut [0u8; 8]).is_ok()
 }
 
-/// Copies the pages of `[start, start + len)` that hold anything but zeros, so that memory which was never touched stays
-/// absent.
-fn copy_present(start: usize, len: usize, to: &Backing) -> Result<(), Errno> {
+/// Copies the pages of an area that hold anything but zeros, so that memory which was never touched stays absent. Whether all
+/// of them could be read: if not, the area must stay as it is.
+///
+/// A page beyond the end of a file cannot be read, and is nothing that a guest could have had.
+fn copy_contents(area: &Area, to: &Backing) -> Result<bool, Errno> {
+    let memory = OwnMemory::open();
     let pagemap = open_pagemap().ok();
-    for block in (start..start + len).step_by(BLOCK) {
-        let end = (block + BLOCK).min(start + len);
-        let present = pagemap.as_ref().and_then(|pagemap| present_pages(pagemap, block, end));
-        match present {
-            Some(pages) => pages.into_iter().try_for_each(|page| copy_page(page, (page - start) as u64, to))?,
-            None => (block..end).step_by(PAGE).try_for_each(|page| copy_page(page, (page - start) as u64, to))?,
+    let may_lack_pages = area.file.is_some() && area.allows(false);
+    for block in (area.start..area.end).step_by(BLOCK) {
+        let end = (block + BLOCK).min(area.end);
+        // A file has bytes also where this process has no page yet.
+        let known = pagemap.as_ref().filter(|_| area.file.is_none());
+        let pages = known.and_then(|pagemap| present_pages(pagemap, block, end));
+        for page in pages.unwrap_or_else(|| (block..end).step_by(PAGE).collect()) {
+            let mut bytes = [0u8; PAGE];
+            let read = memory.read(page, &mut bytes);
+            if read && bytes.iter().any(|byte| *byte != 0) {
+                to.write((page - area.start) as u64, &bytes)?;
+            } else if !read && !may_lack_pages {
+                return Ok(false);
+            }
         }
     }
-    Ok(())
+    Ok(true)
 }
 
-fn copy_page(from: usize, offset: u64, to: &Backing) -> Result<(), Errno> {
-    let mut bytes = [0u8; PAGE];
-    // What cannot be read (PROT_NONE) has nothing that a guest could have had.
-    if sys::copy_from_client(from, &mut bytes).is_err() || bytes.iter().all(|byte| *byte == 0) {
-        return Ok(());
+/// The memory of this process, to be read whatever its protection is, if the kernel allows that.
+struct OwnMemory(Option<rustix::fd::OwnedFd>);
+
+impl OwnMemory {
+    fn open() -> Self {
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+        Self(rustix::fs::open("/proc/self/mem", flags, rustix::fs::Mode::empty()).ok())
     }
-    to.write(offset, &bytes)
+
+    fn read(&self, address: usize, bytes: &mut [u8]) -> bool {
+        let forced = self.0.as_ref().and_then(|file| rustix::io::pread(file, &mut *bytes, address as u64).ok());
+        forced == Some(bytes.len()) || sys::copy_from_client(address, bytes).is_ok()
+    }
 }
 
 fn open_pagemap() -> Result<rustix::fd::OwnedFd, Errno> {
@@ -248,4 +404,29 @@ fn present_pages(pagemap: &rustix::fd::OwnedFd, start: usize, end: usize) -> Opt
     let there = |entry: &[u8]| entry.last().is_some_and(|top| top & PRESENT_OR_SWAPPED != 0);
     let pages = entries[..n].chunks(8).enumerate().filter(|(_, entry)| there(entry));
     (n == entries.len()).then(|| pages.map(|(page, _)| start + page * PAGE).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A page of moved memory, which is not mapped, that holds something, and what is left of that.
+    fn after_dontneed(was: Was) -> u8 {
+        let backing = Arc::new(Backing::new(PAGE as u64).unwrap());
+        backing.write(0, &[0x5a; PAGE]).unwrap();
+        let mut memory = ClientMemory::default();
+        memory.moved.insert(PAGE, Moved { end: 2 * PAGE, offset: 0, was, backing: Arc::clone(&backing) });
+        memory.advise_dontneed(PAGE, 1).unwrap();
+        let mut bytes = [1u8; PAGE];
+        rustix::io::pread(backing.fd(), &mut bytes, 0).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+        bytes[0]
+    }
+
+    #[test]
+    fn memory_that_is_not_needed_goes_unless_it_was_shared() {
+        assert_eq!(after_dontneed(Was::Anonymous), 0);
+        assert_eq!(after_dontneed(Was::PrivateFile), 0);
+        assert_eq!(after_dontneed(Was::Shared), 0x5a);
+    }
 }

@@ -87,15 +87,15 @@ pub fn hidden_copy(fd: BorrowedFd<'_>) -> Result<Hidden, Errno> {
 ///
 /// # Errors
 /// EFBIG beyond a limit that may not be lifted; the kernel would also send SIGXFSZ.
-pub(crate) fn set_size(fd: &OwnedFd, size: u64) -> Result<(), Errno> {
+pub(crate) fn set_size(fd: impl AsFd, size: u64) -> Result<(), Errno> {
     let limit = getrlimit(Resource::Fsize);
     let allows = |most: Option<u64>| most.is_none_or(|most| size <= most);
     match (allows(limit.current), allows(limit.maximum)) {
-        (true, _) => rustix::fs::ftruncate(fd, size),
+        (true, _) => rustix::fs::ftruncate(&fd, size),
         (false, false) => Err(Errno::FBIG),
         (false, true) => {
             setrlimit(Resource::Fsize, Rlimit { current: limit.maximum, ..limit })?;
-            let done = rustix::fs::ftruncate(fd, size);
+            let done = rustix::fs::ftruncate(&fd, size);
             setrlimit(Resource::Fsize, limit)?;
             done
         }

@@ -19,6 +19,15 @@ pub enum Sharing {
     Program,
 }
 
+/// A file, as the kernel tells files apart.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FileId {
+    /// Number of the device.
+    pub device: u64,
+    /// Number of the inode on it.
+    pub inode: u64,
+}
+
 /// A piece of address space that is mapped in one way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Area {
@@ -30,9 +39,26 @@ pub struct Area {
     pub sharing: Sharing,
     /// `PROT_READ`, `PROT_WRITE` and `PROT_EXEC`, as the kernel numbers them.
     pub prot: u32,
+    /// What is mapped, unless it is anonymous memory.
+    pub file: Option<FileId>,
+    /// Where in the file `start` lies.
+    pub offset: u64,
 }
 
 impl Area {
+    /// The part within `[start, end)`, if there is one.
+    #[must_use]
+    pub fn part(&self, start: usize, end: usize) -> Option<Self> {
+        let part = Self { start: self.start.max(start), end: self.end.min(end), ..*self };
+        (part.start < part.end).then(|| Self { offset: self.offset_of(part.start), ..part })
+    }
+
+    /// Where in the file an address of the area lies.
+    #[must_use]
+    pub fn offset_of(&self, address: usize) -> u64 {
+        self.offset.wrapping_add((address - self.start) as u64)
+    }
+
     /// Whether a read, or a write, of the area can succeed.
     #[must_use]
     pub fn allows(&self, write: bool) -> bool {
@@ -74,13 +100,11 @@ impl Maps {
         let first = self.0.partition_point(|mapped| mapped.area.end <= start);
         let within = || self.0.iter().skip(first).take_while(|mapped| mapped.area.start < end);
         let has_program = within().any(|mapped| mapped.area.sharing == Sharing::Program);
-        let cut = within().map(|Mapped { area, may_be_program }| Area {
-            start: area.start.max(start),
-            end: area.end.min(end),
+        let all = within().map(|Mapped { area, may_be_program }| Area {
             sharing: if has_program && *may_be_program { Sharing::Program } else { area.sharing },
-            prot: area.prot,
+            ..*area
         });
-        cut.filter(|area| area.start < area.end).collect()
+        all.filter_map(|area| area.part(start, end)).collect()
     }
 }
 
@@ -158,12 +182,64 @@ pub fn area_around(address: usize) -> Option<(usize, usize)> {
     Some((area.start, area.end))
 }
 
+/// What the kernel keeps about a mapping beside its protection, as `VmFlags` of `/proc/self/smaps` has it.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct VmFlags(String);
+
+impl VmFlags {
+    /// Whether a flag is set, by its two letters.
+    #[must_use]
+    pub fn has(&self, flag: &str) -> bool {
+        self.0.split_ascii_whitespace().any(|set| set == flag)
+    }
+
+    /// Those of the mapping at `address`. The file is read no further than it has to be: the kernel walks the pages of every
+    /// mapping that it writes about.
+    ///
+    /// # Errors
+    /// Those of opening and reading the file; ENOENT if nothing is mapped there.
+    pub fn at(address: usize) -> Result<Self, Errno> {
+        let file = rustix::fs::open("/proc/self/smaps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let (mut text, mut inside) = (Vec::new(), false);
+        loop {
+            let mut chunk = [0u8; 4096];
+            let n = rustix::io::read(&file, &mut chunk)?;
+            text.extend_from_slice(&chunk[..n]);
+            let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            if let Some(flags) = flags_in(&text[..whole], address, &mut inside) {
+                return Ok(flags);
+            }
+            text.drain(..whole);
+            if n == 0 {
+                return Err(Errno::NOENT);
+            }
+        }
+    }
+}
+
+/// The flags of the mapping at `address`, if they are in these lines. `inside` says whether the lines before told of it.
+fn flags_in(text: &[u8], address: usize, inside: &mut bool) -> Option<VmFlags> {
+    let lines = text.split(|byte| *byte == b'\n').filter_map(|line| core::str::from_utf8(line).ok());
+    for line in lines {
+        if let Some((area, _)) = parse(line) {
+            *inside = area.start <= address && address < area.end;
+        } else if let (true, Some(flags)) = (*inside, line.strip_prefix("VmFlags:")) {
+            return Some(VmFlags(flags.to_owned()));
+        }
+    }
+    None
+}
+
 /// An area and its name, which is a path, a word in brackets, or nothing.
 fn parse(line: &str) -> Option<(Area, &str)> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let permissions = fields.next()?;
-    let name = fields.nth(3).unwrap_or("");
+    let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
+    let (major, minor) = fields.next()?.split_once(':')?;
+    let (major, minor) = (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
+    let inode: u64 = fields.next()?.parse().ok()?;
+    let name = fields.next().unwrap_or("");
     let area = Area {
         start: usize::from_str_radix(start, 16).ok()?,
         end: usize::from_str_radix(end, 16).ok()?,
@@ -174,6 +250,8 @@ fn parse(line: &str) -> Option<(Area, &str)> {
             .map(|(_, (_, bit))| bit)
             .sum(),
         sharing: if permissions.ends_with('s') { Sharing::Shared } else { Sharing::Private },
+        file: (inode != 0).then(|| FileId { device: rustix::fs::makedev(major, minor), inode }),
+        offset,
     };
     Some((area, name))
 }
@@ -196,11 +274,13 @@ mod tests {
 
     #[test]
     fn lines_of_the_kernel_are_understood() {
-        let (area, name) = parse("7f00-7f10 rw-s 00000000 00:01 1044 /memfd:x (deleted)").unwrap();
+        let (area, name) = parse("7f00-7f10 rw-s 00002000 08:01 1044 /memfd:x (deleted)").unwrap();
         assert_eq!((area.start, area.end, area.sharing, area.prot), (0x7f00, 0x7f10, Sharing::Shared, 3));
         assert_eq!(name, "/memfd:x");
+        let file = FileId { device: rustix::fs::makedev(8, 1), inode: 1044 };
+        assert_eq!((area.file, area.offset, area.part(0x7f08, 0x8000).unwrap().offset), (Some(file), 0x2000, 0x2008));
         let (area, name) = parse("7f00-7f10 ---p 0 00:00 0").unwrap();
-        assert_eq!((area.sharing, area.prot, name), (Sharing::Private, 0, ""));
+        assert_eq!((area.sharing, area.prot, area.file, name), (Sharing::Private, 0, None, ""));
         assert_eq!(parse(""), None);
     }
 
@@ -213,6 +293,18 @@ mod tests {
         let on_stack = 0u8;
         assert_eq!(sharing((&raw const on_stack).addr()), Sharing::Program);
         LOCAL.with(|local| assert_eq!(sharing((&raw const *local).addr()), Sharing::Program));
+    }
+
+    #[test]
+    fn flags_are_those_of_the_mapping_that_was_asked_for() {
+        let text = b"7000-8000 rw-p 0 00:00 0\nVmFlags: rd lo \n9000-a000 ---p 0 00:00 0\nSize: 4 kB\nVmFlags: wr dd\n";
+        let at = |address| flags_in(text, address, &mut false);
+        assert!(at(0x7fff).is_some_and(|flags| flags.has("lo") && !flags.has("dd")));
+        assert!(at(0x9000).is_some_and(|flags| flags.has("dd") && !flags.has("lo")));
+        assert_eq!(at(0x8000), None);
+        let on_stack = 0u8;
+        assert!(VmFlags::at((&raw const on_stack).addr()).unwrap().has("wr"));
+        assert_eq!(VmFlags::at(0), Err(Errno::NOENT));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, W
 use gmem_core::file::FileFlags;
 use gmem_core::ops::{Claim, FileClaim};
 use gmem_core::slot::SlotFlags;
-use gmem_host::client::ClientMemory;
+use gmem_host::client::{Carried, ClientMemory};
 use gmem_host::kvm::RunMapping;
 use gmem_host::sys::{Argument, SignalsBlocked};
 use gmem_host::{address_space, fds, kvm};
@@ -48,6 +48,7 @@ impl Config {
 /// Advice of `madvise` that gmem looks at (`include/uapi/asm-generic/mman-common.h`).
 mod advice {
     pub(super) const FREE: i32 = 8;
+    pub(super) const REMOVE: i32 = 9;
     pub(super) const COLLAPSE: i32 = 25;
 }
 
@@ -400,10 +401,17 @@ impl Process {
     /// The client moved, grew or shrank the mapping at `start`; with `keeps` the old one is still there.
     pub fn mapping_moved(&self, (start, old): (usize, usize), (base, new): (usize, usize), keeps: bool) {
         let file = if self.mapping_count.load(Ordering::Relaxed) == 0 { None } else { self.mapped_at(start) };
-        if !keeps {
+        let has_vm = self.vm_count.load(Ordering::Relaxed) > 0;
+        let ram =
+            if has_vm { lock(&self.client).pick_up((start, old), (base, new), keeps) } else { Carried::default() };
+        // Of private memory only the address is kept.
+        if !keeps || old > 0 && !ram.is_empty() {
             self.mapping_changed(start, old);
         }
         self.mapping_changed(base, new);
+        if !ram.is_empty() {
+            lock(&self.client).put_down(ram);
+        }
         if let Some(file) = file {
             self.maps(base, new.next_multiple_of(4096), file);
         }
@@ -422,14 +430,13 @@ impl Process {
         match advice {
             // Folios of a guest_memfd are not collapsed for a mapping (mm/khugepaged.c, `file_thp_enabled`).
             advice::COLLAPSE if self.maps_file(start, end) => Answer::Done(Err(Errno::INVAL)),
-            // Lazily freed memory may as well be freed at once; the host refuses the advice for shared memory.
             advice::FREE if self.vm_count.load(Ordering::Relaxed) > 0 => {
-                let client = lock(&self.client);
-                if client.holds(start, end) {
-                    Answer::Done(client.advise_dontneed(start, len).map(|_| 0))
-                } else {
-                    Answer::Pass
-                }
+                let freed = lock(&self.client).advise_free(start, len);
+                freed.map_or(Answer::Pass, |done| Answer::Done(done.map(|()| 0)))
+            }
+            advice::REMOVE if self.vm_count.load(Ordering::Relaxed) > 0 => {
+                let refused = lock(&self.client).refuses_removal(start, len);
+                refused.map_or(Answer::Pass, |error| Answer::Done(Err(error)))
             }
             _ => Answer::Pass,
         }
@@ -443,12 +450,12 @@ impl Process {
         mappings.range(..end).next_back().is_some_and(|(_, (until, _))| *until > start)
     }
 
-    /// `MADV_DONTNEED` by the client: whether gmem gave the zeros that it expects.
+    /// `MADV_DONTNEED` by the client, after the host's: gmem gives the zeros that it expects.
     pub fn advise_dontneed(&self, start: usize, len: usize) -> Result<(), Errno> {
         if self.vm_count.load(Ordering::Relaxed) == 0 {
             return Ok(());
         }
-        lock(&self.client).advise_dontneed(start, len).map(|_| ())
+        lock(&self.client).advise_dontneed(start, len)
     }
 }
 
