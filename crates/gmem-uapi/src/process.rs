@@ -80,6 +80,8 @@ pub struct Process {
     /// The numbers that `fds` has entries for.
     known: FdSet,
     fds: RwLock<Vec<Option<Entry>>>,
+    /// How many entries of `fds` are files.
+    file_count: AtomicUsize,
     vms: Mutex<Vec<Weak<VmObject>>>,
     vm_count: AtomicUsize,
     client: Arc<Mutex<ClientMemory>>,
@@ -106,6 +108,7 @@ impl Process {
             native,
             known: FdSet::default(),
             fds: RwLock::default(),
+            file_count: AtomicUsize::new(0),
             vms: Mutex::default(),
             vm_count: AtomicUsize::new(0),
             client: Arc::default(),
@@ -139,7 +142,11 @@ impl Process {
             fds.resize(index + 1, None);
         }
         self.known.set(fd, entry.is_some());
-        std::mem::replace(fds.get_mut(index)?, entry)
+        let files = |entry: &Option<Entry>| usize::from(matches!(entry, Some(Entry::File(_))));
+        self.file_count.fetch_add(files(&entry), Ordering::Relaxed);
+        let old = std::mem::replace(fds.get_mut(index)?, entry);
+        self.file_count.fetch_sub(files(&old), Ordering::Relaxed);
+        old
     }
 
     /// `ioctl`.
@@ -270,6 +277,12 @@ impl Process {
             None if kvm::is_open(fd) => FileClaim::NotGuestMemfd,
             None => FileClaim::BadDescriptor,
         }
+    }
+
+    /// Whether any descriptor is a guest_memfd of gmem's. Takes no lock.
+    #[must_use]
+    pub fn has_files(&self) -> bool {
+        self.file_count.load(Ordering::Relaxed) > 0
     }
 
     /// Whether `fd` is a guest_memfd of gmem's; its size in bytes.

@@ -328,7 +328,7 @@ fn calls_on_the_file() {
     for call in [FileCall::ReadWrite, FileCall::ChangeInode, FileCall::Sync, FileCall::Splice] {
         assert_eq!(client.call(fd, call), Err(Errno::INVAL), "{call:?}");
     }
-    for call in [FileCall::ReadWriteAt, FileCall::Seek(0)] {
+    for call in [FileCall::ReadWriteAt(0), FileCall::Seek(0)] {
         assert_eq!(client.call(fd, call), Err(Errno::SPIPE), "{call:?}");
     }
     for mode in 0..0x100 {
