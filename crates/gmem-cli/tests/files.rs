@@ -32,6 +32,7 @@ fn client() {
         Ok("numbers") => parts::numbers(),
         Ok("fortified") => parts::fortified(),
         Ok("refusals") => parts::refusals(),
+        Ok("forks") => parts::forks(),
         _ => {}
     }
 }
@@ -66,6 +67,11 @@ fn calls_are_refused_with_the_errno_of_the_kernel() {
     under_gmem("refusals");
 }
 
+#[test]
+fn a_child_has_its_own_memory_however_it_was_made() {
+    under_gmem("forks");
+}
+
 mod parts {
     use super::{c_int, c_ulong};
     use std::ffi::{CStr, CString, c_char, c_long, c_void};
@@ -73,12 +79,14 @@ mod parts {
 
     const KVM_CREATE_VM: c_ulong = 0xae01;
     const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;
+    const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
     const SIZE: u64 = 0x20_0000;
     /// No page is there.
     const BAD: *const c_char = std::ptr::without_provenance(8);
     const NOWHERE: c_int = libc::AT_FDCWD;
 
     unsafe extern "C" {
+        fn _Fork() -> c_int;
         fn __read_chk(fd: c_int, buffer: *mut c_void, count: usize, room: usize) -> isize;
         fn __pread_chk(fd: c_int, buffer: *mut c_void, count: usize, offset: i64, room: usize) -> isize;
         fn __pread64_chk(fd: c_int, buffer: *mut c_void, count: usize, offset: i64, room: usize) -> isize;
@@ -403,5 +411,51 @@ mod parts {
         assert_eq!(copy(fd, ordinary, 0), Err(libc::EXDEV));
         assert_eq!(copy(fd, ordinary, 1), Err(libc::EINVAL));
         assert_eq!(copy(fd, 9999, 1), Err(libc::EBADF));
+    }
+
+    /// Guest RAM, which gmem keeps in memory that a child would share.
+    fn guest_ram() -> *mut u8 {
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let len = usize::try_from(SIZE).unwrap();
+        // SAFETY: a new mapping.
+        let ram = unsafe { libc::mmap(null_mut(), len, prot, flags, -1, 0) };
+        assert_ne!(ram, libc::MAP_FAILED);
+        let claim = [0, 0, SIZE, ram.addr() as u64];
+        ioctl(protected_vm(), KVM_SET_USER_MEMORY_REGION, claim.as_ptr().addr());
+        ram.cast()
+    }
+
+    /// Makes a child that writes to guest RAM and ends.
+    fn child_writes(ram: *mut u8, what: &str, make: impl FnOnce() -> i64) {
+        // SAFETY: memory that was mapped before the child was made, which makes no calls but its last one.
+        unsafe {
+            ram.write_volatile(1);
+            let child = make();
+            if child == 0 {
+                let same = ram.read_volatile() == 1;
+                ram.write_volatile(2);
+                libc::_exit(i32::from(!same));
+            }
+            let child = c_int::try_from(child).unwrap();
+            let mut status = 0;
+            assert_eq!(libc::waitpid(child, &raw mut status, 0), child, "{what}");
+            assert_eq!(status, 0, "{what}: the child finds what was there");
+            assert_eq!(ram.read_volatile(), 1, "{what}: the child wrote to its parent's memory");
+        }
+    }
+
+    pub(super) fn forks() {
+        let ram = guest_ram();
+        let signal = i64::from(libc::SIGCHLD);
+        // `struct clone_args`: the flags first, the signal fifth.
+        let claim = [0, 0, 0, 0, signal, 0, 0, 0];
+        let claim = address(claim.as_ptr());
+        // SAFETY: the child of each writes and ends.
+        child_writes(ram, "_Fork", || i64::from(unsafe { _Fork() }));
+        child_writes(ram, "fork by number", || call(libc::SYS_fork, &[]).unwrap());
+        child_writes(ram, "clone by number", || call(libc::SYS_clone, &[signal]).unwrap());
+        child_writes(ram, "clone3 by number", || call(libc::SYS_clone3, &[claim, 64]).unwrap());
+        // SAFETY: as above.
+        child_writes(ram, "fork", || i64::from(unsafe { libc::fork() }));
     }
 }

@@ -9,10 +9,10 @@ use std::arch::naked_asm;
 use std::ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
 
 use gmem_uapi::{Argument, FileCall};
-use libc::{mode_t, off_t, size_t, ssize_t};
+use libc::{mode_t, off_t, pid_t, size_t, ssize_t};
 
 use crate::paths::{file_named, file_named_at, is_file};
-use crate::{answer, library, process, real, seccomp, tell};
+use crate::{answer, fork, library, process, real, seccomp, tell};
 
 /// The kernel compares the low 32 bits; C callers may pass a sign-extended number.
 fn request(number: c_ulong) -> u32 {
@@ -453,6 +453,10 @@ export! {
         if reads_name(path, size) { give_name(buffer, size) } else { real::readlinkat(dir, path, buffer, size) }
     }
 
+    fn _Fork() -> pid_t {
+        fork::around(|| real::_Fork())
+    }
+
     fn prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong) -> c_int {
         if option != libc::PR_SET_SECCOMP || a != libc::SECCOMP_MODE_FILTER as c_ulong {
             return real::prctl(option, a, b, c, d);
@@ -557,6 +561,9 @@ unsafe fn by_number(number: c_long, args: [usize; 6]) -> c_long {
             libc::SYS_creat if opens_file(path(a), 0) => refuse(),
             libc::SYS_readlink if reads_name(path(a), c) => give_name(b as *mut c_char, c) as c_long,
             libc::SYS_readlinkat if reads_name(path(b), d) => give_name(c as *mut c_char, d) as c_long,
+            libc::SYS_fork => fork::around(real),
+            libc::SYS_clone if fork::copies_memory(a, b) => fork::around(real),
+            libc::SYS_clone3 if fork::copies_memory_as_told(a, b) => fork::around(real),
             libc::SYS_seccomp if a == libc::SECCOMP_SET_MODE_FILTER as usize => {
                 seccomp::with_own_rule(c, |program| real::syscall(number, a, b, program, d, e, f))
             }

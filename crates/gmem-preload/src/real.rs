@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_ulong, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use libc::{FILE, mode_t, off_t, size_t, ssize_t};
+use libc::{FILE, mode_t, off_t, pid_t, size_t, ssize_t};
 
 fn next(cache: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
     let known = cache.load(Ordering::Relaxed);
@@ -17,10 +17,11 @@ fn next(cache: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
 }
 
 macro_rules! real {
-    ($($name:ident($($arg:ident: $type:ty),* $(,)?) -> $ret:ty;)*) => {
+    ($($(#[$meta:meta])* $name:ident($($arg:ident: $type:ty),* $(,)?) -> $ret:ty;)*) => {
         $(
             /// # Safety
             /// As the function of this name in libc.
+            $(#[$meta])*
             pub(crate) unsafe fn $name($($arg: $type),*) -> $ret {
                 static CACHE: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
                 let name = const {
@@ -103,6 +104,8 @@ real! {
     fopen64(path: *const c_char, mode: *const c_char) -> *mut FILE;
     readlink(path: *const c_char, buffer: *mut c_char, size: size_t) -> ssize_t;
     readlinkat(dir: c_int, path: *const c_char, buffer: *mut c_char, size: size_t) -> ssize_t;
+    #[expect(non_snake_case, reason = "libc's name for it")]
+    _Fork() -> pid_t;
     __read_chk(fd: c_int, buffer: *mut c_void, count: size_t, room: size_t) -> ssize_t;
     __pread64_chk(fd: c_int, buffer: *mut c_void, count: size_t, offset: off_t, room: size_t) -> ssize_t;
     __readlink_chk(path: *const c_char, buffer: *mut c_char, size: size_t, room: size_t) -> ssize_t;
