@@ -242,9 +242,15 @@ mod parts {
         assert!(is_guest_memfd(fd), "nothing was closed");
         // SAFETY: a descriptor of this function's.
         assert_eq!(unsafe { libc::fcntl(fd, libc::F_GETFD) }, 1);
-        assert_eq!(close_range(2), Ok(0), "with a table of its own");
+        streams();
+        // Last: from here on this thread has a table of its own, which /proc/self does not show.
+        assert_eq!(close_range(2), Ok(0));
         assert_eq!(memfd(), fd, "the lowest number");
         assert!(!is_guest_memfd(fd));
+    }
+
+    /// libc closes descriptors of its own accord.
+    fn streams() {
         let fd = file();
         let mut bytes = [0u8; 4];
         // SAFETY: descriptors and a stream of this function's, and a buffer of four bytes.
@@ -254,6 +260,11 @@ mod parts {
             assert_eq!(libc::fclose(stream), 0);
             assert_eq!(memfd(), fd, "the lowest number");
             assert_eq!((libc::read(fd, bytes.as_mut_ptr().cast(), 4), &bytes), (4, b"four"));
+            let stream = libc::fdopen(file(), c"r".as_ptr());
+            let stream = libc::freopen(name_of(memfd()).as_ptr(), c"r".as_ptr(), stream);
+            assert!(!stream.is_null());
+            assert_eq!(libc::fgetc(stream), i32::from(b'f'));
+            assert_eq!(libc::lseek(libc::fileno(stream), 0, libc::SEEK_SET), 0, "an ordinary file");
         }
     }
 

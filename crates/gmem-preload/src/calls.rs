@@ -102,6 +102,16 @@ export! {
         real::fclose(stream)
     }
 
+    fn freopen(path: *const c_char, mode: *const c_char, stream: *mut libc::FILE) -> *mut libc::FILE {
+        freopen64(path, mode, stream)
+    }
+
+    fn freopen64(path: *const c_char, mode: *const c_char, stream: *mut libc::FILE) -> *mut libc::FILE {
+        // The same, and the new file may get the number.
+        tell(|process| process.closed(libc::fileno(stream)));
+        real::freopen64(path, mode, stream)
+    }
+
     fn dup(fd: c_int) -> c_int {
         duplicated(fd, real::dup(fd))
     }

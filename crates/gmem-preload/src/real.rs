@@ -50,6 +50,7 @@ real! {
     close(fd: c_int) -> c_int;
     close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int;
     fclose(stream: *mut FILE) -> c_int;
+    freopen64(path: *const c_char, mode: *const c_char, stream: *mut FILE) -> *mut FILE;
     dup(fd: c_int) -> c_int;
     dup2(fd: c_int, copy: c_int) -> c_int;
     dup3(fd: c_int, copy: c_int, flags: c_int) -> c_int;
