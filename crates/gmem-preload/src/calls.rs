@@ -6,12 +6,13 @@
 )]
 
 use std::arch::naked_asm;
-use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_ulong, c_void};
+use std::ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
 
 use gmem_uapi::{Argument, FileCall};
-use libc::{mode_t, off_t, size_t, ssize_t};
+use libc::{mode_t, off_t, pid_t, size_t, ssize_t};
 
-use crate::{answer, library, process, real, seccomp, tell};
+use crate::paths::{file_named, file_named_at, is_file};
+use crate::{answer, fork, library, process, real, seccomp, tell};
 
 /// The kernel compares the low 32 bits; C callers may pass a sign-extended number.
 fn request(number: c_ulong) -> u32 {
@@ -74,7 +75,12 @@ export! {
     }
 
     fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+        const UNSHARE: c_int = 2;
         const CLOEXEC: c_int = 4;
+        if flags & !(UNSHARE | CLOEXEC) != 0 {
+            // Refused, and nothing is closed.
+            return real::close_range(first, last, flags);
+        }
         if flags & CLOEXEC == 0 {
             let clip = |fd: c_uint| c_int::try_from(fd).unwrap_or(c_int::MAX);
             tell(|process| process.closed_range(clip(first), clip(last)));
@@ -87,6 +93,22 @@ export! {
 
     fn closefrom(first: c_int) -> () {
         let _ = close_range(c_uint::try_from(first).unwrap_or(0), c_uint::MAX, 0);
+    }
+
+    fn fclose(stream: *mut libc::FILE) -> c_int {
+        // libc closes the descriptor without going through `close`.
+        tell(|process| process.closed(libc::fileno(stream)));
+        real::fclose(stream)
+    }
+
+    fn freopen(path: *const c_char, mode: *const c_char, stream: *mut libc::FILE) -> *mut libc::FILE {
+        freopen64(path, mode, stream)
+    }
+
+    fn freopen64(path: *const c_char, mode: *const c_char, stream: *mut libc::FILE) -> *mut libc::FILE {
+        // The same, and the new file may get the number.
+        tell(|process| process.closed(libc::fileno(stream)));
+        real::freopen64(path, mode, stream)
     }
 
     fn dup(fd: c_int) -> c_int {
@@ -201,7 +223,7 @@ export! {
     }
 
     fn pread64(fd: c_int, buffer: *mut c_void, count: size_t, offset: off_t) -> ssize_t {
-        answer_size(fd, FileCall::ReadWriteAt, || real::pread64(fd, buffer, count, offset))
+        answer_size(fd, FileCall::ReadWriteAt(offset), || real::pread64(fd, buffer, count, offset))
     }
 
     fn pwrite(fd: c_int, buffer: *const c_void, count: size_t, offset: off_t) -> ssize_t {
@@ -209,7 +231,7 @@ export! {
     }
 
     fn pwrite64(fd: c_int, buffer: *const c_void, count: size_t, offset: off_t) -> ssize_t {
-        answer_size(fd, FileCall::ReadWriteAt, || real::pwrite64(fd, buffer, count, offset))
+        answer_size(fd, FileCall::ReadWriteAt(offset), || real::pwrite64(fd, buffer, count, offset))
     }
 
     fn preadv(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t) -> ssize_t {
@@ -217,7 +239,7 @@ export! {
     }
 
     fn preadv64(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t) -> ssize_t {
-        answer_size(fd, FileCall::ReadWriteAt, || real::preadv64(fd, vectors, count, offset))
+        answer_size(fd, FileCall::ReadWriteAt(offset), || real::preadv64(fd, vectors, count, offset))
     }
 
     fn pwritev(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t) -> ssize_t {
@@ -225,7 +247,7 @@ export! {
     }
 
     fn pwritev64(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t) -> ssize_t {
-        answer_size(fd, FileCall::ReadWriteAt, || real::pwritev64(fd, vectors, count, offset))
+        answer_size(fd, FileCall::ReadWriteAt(offset), || real::pwritev64(fd, vectors, count, offset))
     }
 
     fn preadv2(fd: c_int, vectors: *const c_void, count: c_int, offset: off_t, flags: c_int) -> ssize_t {
@@ -290,10 +312,67 @@ export! {
     }
 
     fn utimensat(dir: c_int, path: *const c_char, times: *const c_void, flags: c_int) -> c_int {
-        if path.is_null() {
-            return file_call_int(dir, FileCall::ChangeInode, || real::utimensat(dir, path, times, flags));
-        }
-        real::utimensat(dir, path, times, flags)
+        let fd = if path.is_null() { dir } else { file_named_at(dir, path, flags) };
+        file_call_int(fd, FileCall::ChangeInode, || real::utimensat(dir, path, times, flags))
+    }
+
+    fn futimes(fd: c_int, times: *const c_void) -> c_int {
+        file_call_int(fd, FileCall::ChangeInode, || real::futimes(fd, times))
+    }
+
+    fn futimesat(dir: c_int, path: *const c_char, times: *const c_void) -> c_int {
+        let fd = if path.is_null() { dir } else { file_named(path) };
+        file_call_int(fd, FileCall::ChangeInode, || real::futimesat(dir, path, times))
+    }
+
+    fn utimes(path: *const c_char, times: *const c_void) -> c_int {
+        file_call_int(file_named(path), FileCall::ChangeInode, || real::utimes(path, times))
+    }
+
+    fn utime(path: *const c_char, times: *const c_void) -> c_int {
+        file_call_int(file_named(path), FileCall::ChangeInode, || real::utime(path, times))
+    }
+
+    fn chmod(path: *const c_char, mode: mode_t) -> c_int {
+        file_call_int(file_named(path), FileCall::ChangeInode, || real::chmod(path, mode))
+    }
+
+    fn fchmodat(dir: c_int, path: *const c_char, mode: mode_t, flags: c_int) -> c_int {
+        let fd = file_named_at(dir, path, flags);
+        file_call_int(fd, FileCall::ChangeInode, || real::fchmodat(dir, path, mode, flags))
+    }
+
+    fn chown(path: *const c_char, owner: c_uint, group: c_uint) -> c_int {
+        file_call_int(file_named(path), FileCall::ChangeInode, || real::chown(path, owner, group))
+    }
+
+    fn fchownat(dir: c_int, path: *const c_char, owner: c_uint, group: c_uint, flags: c_int) -> c_int {
+        let fd = file_named_at(dir, path, flags);
+        file_call_int(fd, FileCall::ChangeInode, || real::fchownat(dir, path, owner, group, flags))
+    }
+
+    fn truncate(path: *const c_char, len: off_t) -> c_int {
+        truncate64(path, len)
+    }
+
+    fn truncate64(path: *const c_char, len: off_t) -> c_int {
+        file_call_int(file_named(path), FileCall::ChangeInode, || real::truncate64(path, len))
+    }
+
+    fn fgetxattr(fd: c_int, name: *const c_char, value: *mut c_void, size: size_t) -> ssize_t {
+        answer_size(fd, FileCall::Attribute, || real::fgetxattr(fd, name, value, size))
+    }
+
+    fn fsetxattr(fd: c_int, name: *const c_char, value: *const c_void, size: size_t, flags: c_int) -> c_int {
+        file_call_int(fd, FileCall::Attribute, || real::fsetxattr(fd, name, value, size, flags))
+    }
+
+    fn fremovexattr(fd: c_int, name: *const c_char) -> c_int {
+        file_call_int(fd, FileCall::Attribute, || real::fremovexattr(fd, name))
+    }
+
+    fn readahead(fd: c_int, offset: off_t, count: size_t) -> ssize_t {
+        answer_size(fd, FileCall::Sync, || real::readahead(fd, offset, count))
     }
 
     fn posix_fallocate(fd: c_int, offset: off_t, len: off_t) -> c_int {
@@ -318,16 +397,16 @@ export! {
     }
 
     fn sendfile64(to: c_int, from: c_int, offset: *mut c_void, count: size_t) -> ssize_t {
-        copy_between(from, to, || real::sendfile64(to, from, offset, count))
+        let (fd, call) = sending(to, from, offset.addr());
+        answer_size(fd, call, || real::sendfile64(to, from, offset, count))
     }
 
     fn splice(from: c_int, from_offset: *mut c_void, to: c_int, to_offset: *mut c_void, len: size_t, flags: c_uint) -> ssize_t {
-        copy_between(from, to, || real::splice(from, from_offset, to, to_offset, len, flags))
+        answer_size(either(from, to), FileCall::Splice, || real::splice(from, from_offset, to, to_offset, len, flags))
     }
 
     fn copy_file_range(from: c_int, from_offset: *mut c_void, to: c_int, to_offset: *mut c_void, len: size_t, flags: c_uint) -> ssize_t {
-        let (fd, other) = if is_file(from) { (from, to) } else { (to, from) };
-        let call = FileCall::CopyRange { other, same_kind: is_file(other) };
+        let (fd, call) = copying(from, to, flags);
         answer_size(fd, call, || real::copy_file_range(from, from_offset, to, to_offset, len, flags))
     }
 
@@ -352,16 +431,11 @@ export! {
     }
 
     fn fstatat64(dir: c_int, path: *const c_char, stat: *mut libc::stat, flags: c_int) -> c_int {
-        let result = real::fstatat64(dir, path, stat, flags);
-        if flags & libc::AT_EMPTY_PATH != 0 { patch(dir, stat, result) } else { result }
+        patch_at((dir, path, flags), stat, real::fstatat64(dir, path, stat, flags))
     }
 
     fn statx(dir: c_int, path: *const c_char, flags: c_int, mask: c_uint, stat: *mut libc::statx) -> c_int {
-        let result = real::statx(dir, path, flags, mask, stat);
-        if result == 0 && flags & libc::AT_EMPTY_PATH != 0 && is_file(dir) {
-            (*stat).stx_nlink = 1;
-        }
-        result
+        patch_x((dir, path, flags), stat, real::statx(dir, path, flags, mask, stat))
     }
 
     fn open(path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
@@ -369,7 +443,7 @@ export! {
     }
 
     fn open64(path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
-        if names_file(path) { refuse() } else { real::open64(path, flags, mode) }
+        if opens_file(path, flags) { refuse() } else { real::open64(path, flags, mode) }
     }
 
     fn openat(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
@@ -377,15 +451,35 @@ export! {
     }
 
     fn openat64(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
-        if names_file(path) { refuse() } else { real::openat64(dir, path, flags, mode) }
+        if opens_file(path, flags) { refuse() } else { real::openat64(dir, path, flags, mode) }
+    }
+
+    fn creat(path: *const c_char, mode: mode_t) -> c_int {
+        creat64(path, mode)
+    }
+
+    fn creat64(path: *const c_char, mode: mode_t) -> c_int {
+        if opens_file(path, 0) { refuse() } else { real::creat64(path, mode) }
+    }
+
+    fn fopen(path: *const c_char, mode: *const c_char) -> *mut libc::FILE {
+        fopen64(path, mode)
+    }
+
+    fn fopen64(path: *const c_char, mode: *const c_char) -> *mut libc::FILE {
+        if opens_file(path, 0) { refuse() } else { real::fopen64(path, mode) }
     }
 
     fn readlink(path: *const c_char, buffer: *mut c_char, size: size_t) -> ssize_t {
-        if names_file(path) { give_name(buffer, size) } else { real::readlink(path, buffer, size) }
+        if reads_name(path, size) { give_name(buffer, size) } else { real::readlink(path, buffer, size) }
     }
 
     fn readlinkat(dir: c_int, path: *const c_char, buffer: *mut c_char, size: size_t) -> ssize_t {
-        if names_file(path) { give_name(buffer, size) } else { real::readlinkat(dir, path, buffer, size) }
+        if reads_name(path, size) { give_name(buffer, size) } else { real::readlinkat(dir, path, buffer, size) }
+    }
+
+    fn _Fork() -> pid_t {
+        fork::around(|| real::_Fork())
     }
 
     fn prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong) -> c_int {
@@ -400,6 +494,61 @@ export! {
     }
 }
 
+// What the functions above are called with _FORTIFY_SOURCE. They end the process if `room`, the size of the buffer, is less
+// than what is asked for, or if a file would be made without a mode; that is left to libc.
+export! {
+    fn __read_chk(fd: c_int, buffer: *mut c_void, count: size_t, room: size_t) -> ssize_t {
+        answer_size(in_room(fd, count, room), FileCall::ReadWrite, || real::__read_chk(fd, buffer, count, room))
+    }
+
+    fn __pread_chk(fd: c_int, buffer: *mut c_void, count: size_t, offset: off_t, room: size_t) -> ssize_t {
+        __pread64_chk(fd, buffer, count, offset, room)
+    }
+
+    fn __pread64_chk(fd: c_int, buffer: *mut c_void, count: size_t, offset: off_t, room: size_t) -> ssize_t {
+        let call = FileCall::ReadWriteAt(offset);
+        answer_size(in_room(fd, count, room), call, || real::__pread64_chk(fd, buffer, count, offset, room))
+    }
+
+    fn __readlink_chk(path: *const c_char, buffer: *mut c_char, size: size_t, room: size_t) -> ssize_t {
+        if size <= room && reads_name(path, size) {
+            return give_name(buffer, size);
+        }
+        real::__readlink_chk(path, buffer, size, room)
+    }
+
+    fn __readlinkat_chk(dir: c_int, path: *const c_char, buffer: *mut c_char, size: size_t, room: size_t) -> ssize_t {
+        if size <= room && reads_name(path, size) {
+            return give_name(buffer, size);
+        }
+        real::__readlinkat_chk(dir, path, buffer, size, room)
+    }
+
+    fn __open_2(path: *const c_char, flags: c_int) -> c_int {
+        __open64_2(path, flags)
+    }
+
+    fn __open64_2(path: *const c_char, flags: c_int) -> c_int {
+        if flags & NEEDS_MODE == 0 && opens_file(path, flags) { refuse() } else { real::__open64_2(path, flags) }
+    }
+
+    fn __openat_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int {
+        __openat64_2(dir, path, flags)
+    }
+
+    fn __openat64_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int {
+        if flags & NEEDS_MODE == 0 && opens_file(path, flags) { refuse() } else { real::__openat64_2(dir, path, flags) }
+    }
+}
+
+/// O_TMPFILE holds O_DIRECTORY, with which no file is opened anyway.
+const NEEDS_MODE: c_int = libc::O_CREAT | libc::O_DIRECTORY;
+
+/// The descriptor, or none if libc is to see that the buffer is too small.
+fn in_room(fd: c_int, count: size_t, room: size_t) -> c_int {
+    if count <= room { fd } else { -1 }
+}
+
 /// Only the calls that gmem stands in front of; everything else goes on as it came.
 ///
 /// # Safety
@@ -407,8 +556,14 @@ export! {
 unsafe fn by_number(number: c_long, args: [usize; 6]) -> c_long {
     let [a, b, c, d, e, f] = args;
     let int = |value: usize| value as c_int;
-    let offset = |value: usize| value as off_t;
     let address = |value: usize| value as c_long;
+    let path = |value: usize| value as *const c_char;
+    let stat = |value: usize| value as *mut libc::stat;
+    // SAFETY: the same call with the same arguments.
+    let real = || unsafe { real::syscall(number, a, b, c, d, e, f) };
+    if let Some((fd, call)) = on_file(number, args) {
+        return file_call(fd, call, real);
+    }
     // SAFETY: the same call with the same arguments, through the function that stands for it.
     unsafe {
         match number {
@@ -419,21 +574,61 @@ unsafe fn by_number(number: c_long, args: [usize; 6]) -> c_long {
             libc::SYS_dup2 => c_long::from(dup2(int(a), int(b))),
             libc::SYS_dup3 => c_long::from(dup3(int(a), int(b), int(c))),
             libc::SYS_fcntl => c_long::from(fcntl64(int(a), int(b), c)),
-            libc::SYS_mmap => address(mmap64(a, b, int(c), int(d), int(e), offset(f))),
+            libc::SYS_mmap => address(mmap64(a, b, int(c), int(d), int(e), f as off_t)),
             libc::SYS_munmap => c_long::from(munmap(a, b)),
             libc::SYS_mprotect => c_long::from(mprotect(a, b, int(c))),
             libc::SYS_pkey_mprotect => c_long::from(pkey_mprotect(a, b, int(c), int(d))),
             libc::SYS_mremap => address(mremap(a, b, c, int(d), e)),
             libc::SYS_madvise => c_long::from(madvise(a, b, int(c))),
-            libc::SYS_fallocate => c_long::from(fallocate64(int(a), int(b), offset(c), offset(d))),
-            libc::SYS_ftruncate => c_long::from(ftruncate64(int(a), offset(b))),
-            libc::SYS_lseek => lseek64(int(a), offset(b), int(c)),
+            libc::SYS_fstat => patch(int(a), stat(b), real()),
+            libc::SYS_newfstatat => patch_at((int(a), path(b), int(d)), stat(c), real()),
+            libc::SYS_statx => patch_x((int(a), path(b), int(c)), e as *mut libc::statx, real()),
+            libc::SYS_open if opens_file(path(a), int(b)) => refuse(),
+            libc::SYS_openat if opens_file(path(b), int(c)) => refuse(),
+            libc::SYS_creat if opens_file(path(a), 0) => refuse(),
+            libc::SYS_readlink if reads_name(path(a), c) => give_name(b as *mut c_char, c) as c_long,
+            libc::SYS_readlinkat if reads_name(path(b), d) => give_name(c as *mut c_char, d) as c_long,
+            libc::SYS_fork => fork::around(real),
+            libc::SYS_clone if fork::copies_memory(a, b) => fork::around(real),
+            libc::SYS_clone3 if fork::copies_memory_as_told(a, b) => fork::around(real),
             libc::SYS_seccomp if a == libc::SECCOMP_SET_MODE_FILTER as usize => {
                 seccomp::with_own_rule(c, |program| real::syscall(number, a, b, program, d, e, f))
             }
-            _ => real::syscall(number, a, b, c, d, e, f),
+            _ => real(),
         }
     }
+}
+
+/// What a call by number is to the guest_memfd that it may be about.
+fn on_file(number: c_long, args: [usize; 6]) -> Option<(c_int, FileCall)> {
+    let [a, b, c, d, e, f] = args;
+    let fd = a as c_int;
+    let offset = |value: usize| value as off_t;
+    let path = |value: usize| value as *const c_char;
+    Some(match number {
+        libc::SYS_read | libc::SYS_readv | libc::SYS_write | libc::SYS_writev => (fd, FileCall::ReadWrite),
+        // The vector forms have the offset's low half first, which on x86-64 is all of it.
+        libc::SYS_pread64 | libc::SYS_preadv | libc::SYS_pwrite64 | libc::SYS_pwritev => {
+            (fd, FileCall::ReadWriteAt(offset(d)))
+        }
+        libc::SYS_preadv2 | libc::SYS_pwritev2 => (fd, at(offset(d))),
+        libc::SYS_lseek => (fd, FileCall::Seek(c as c_int)),
+        libc::SYS_fsync | libc::SYS_fdatasync | libc::SYS_readahead => (fd, FileCall::Sync),
+        libc::SYS_ftruncate | libc::SYS_fchmod | libc::SYS_fchown => (fd, FileCall::ChangeInode),
+        libc::SYS_utimensat | libc::SYS_futimesat if b == 0 => (fd, FileCall::ChangeInode),
+        libc::SYS_utimensat => (file_named_at(fd, path(b), d as c_int), FileCall::ChangeInode),
+        libc::SYS_fchownat => (file_named_at(fd, path(b), e as c_int), FileCall::ChangeInode),
+        libc::SYS_futimesat | libc::SYS_fchmodat => (file_named(path(b)), FileCall::ChangeInode),
+        libc::SYS_truncate | libc::SYS_chmod | libc::SYS_chown | libc::SYS_utimes | libc::SYS_utime => {
+            (file_named(path(a)), FileCall::ChangeInode)
+        }
+        libc::SYS_fgetxattr | libc::SYS_fsetxattr | libc::SYS_fremovexattr => (fd, FileCall::Attribute),
+        libc::SYS_fallocate => (fd, FileCall::Fallocate { mode: b as c_int, offset: offset(c), len: offset(d) }),
+        libc::SYS_sendfile => sending(fd, b as c_int, c),
+        libc::SYS_splice => (either(fd, c as c_int), FileCall::Splice),
+        libc::SYS_copy_file_range => copying(fd, c as c_int, f as c_uint),
+        _ => return None,
+    })
 }
 
 fn answer_size(fd: c_int, call: FileCall, real: impl FnOnce() -> ssize_t) -> ssize_t {
@@ -446,12 +641,22 @@ fn answer_size(fd: c_int, call: FileCall, real: impl FnOnce() -> ssize_t) -> ssi
 
 /// An offset of -1 means the file's position, as read and write use it.
 fn at(offset: off_t) -> FileCall {
-    if offset == -1 { FileCall::ReadWrite } else { FileCall::ReadWriteAt }
+    if offset == -1 { FileCall::ReadWrite } else { FileCall::ReadWriteAt(offset) }
 }
 
-fn copy_between(from: c_int, to: c_int, real: impl FnOnce() -> ssize_t) -> ssize_t {
-    let fd = if is_file(from) { from } else { to };
-    answer_size(fd, FileCall::Splice, real)
+/// Whichever of two descriptors is a guest_memfd.
+fn either(one: c_int, other: c_int) -> c_int {
+    if is_file(one) { one } else { other }
+}
+
+fn sending(to: c_int, from: c_int, offset: usize) -> (c_int, FileCall) {
+    let call = if offset != 0 && is_file(from) { FileCall::SendFrom } else { FileCall::Splice };
+    (either(from, to), call)
+}
+
+fn copying(from: c_int, to: c_int, flags: c_uint) -> (c_int, FileCall) {
+    let (fd, other) = if is_file(from) { (from, to) } else { (to, from) };
+    (fd, FileCall::CopyRange { other, same_kind: is_file(other), flags })
 }
 
 fn duplicated(fd: c_int, copy: c_int) -> c_int {
@@ -461,34 +666,65 @@ fn duplicated(fd: c_int, copy: c_int) -> c_int {
     copy
 }
 
-fn is_file(fd: c_int) -> bool {
-    process().is_some_and(|process| process.file_size(fd).is_some())
-}
-
 /// A guest_memfd's inode has one link; the memfd that stands for it has none.
 ///
 /// # Safety
 /// `stat` must have been filled if `result` is 0.
-unsafe fn patch(fd: c_int, stat: *mut libc::stat, result: c_int) -> c_int {
-    if result == 0 && is_file(fd) {
+unsafe fn patch<T: PartialEq + From<u8>>(fd: c_int, stat: *mut libc::stat, result: T) -> T {
+    if result == T::from(0) && is_file(fd) {
         // SAFETY: filled by the call that returned 0.
         unsafe { (*stat).st_nlink = 1 };
     }
     result
 }
 
-/// Whether a path names a guest_memfd through /proc/self/fd.
+/// The same where a path names the file. Only what has no link needs a second look.
 ///
 /// # Safety
-/// As the path of `open`.
-unsafe fn names_file(path: *const c_char) -> bool {
-    if path.is_null() || process().is_none() {
-        return false;
+/// As [`patch`].
+unsafe fn patch_at<T: PartialEq + From<u8>>(
+    (dir, path, flags): (c_int, *const c_char, c_int),
+    stat: *mut libc::stat,
+    result: T,
+) -> T {
+    // SAFETY: of the caller.
+    unsafe {
+        if result == T::from(0) && (*stat).st_nlink == 0 {
+            return patch(file_named_at(dir, path, flags), stat, result);
+        }
     }
-    // SAFETY: of the caller; a client that passes a bad pointer to libc's wrapper gets what it gets from `strlen`.
-    let path = unsafe { CStr::from_ptr(path) };
-    let number = path.to_str().ok().and_then(|path| path.strip_prefix("/proc/self/fd/"));
-    number.and_then(|number| number.parse().ok()).is_some_and(is_file)
+    result
+}
+
+/// The same for `statx`.
+///
+/// # Safety
+/// As [`patch`].
+unsafe fn patch_x<T: PartialEq + From<u8>>(
+    (dir, path, flags): (c_int, *const c_char, c_int),
+    stat: *mut libc::statx,
+    result: T,
+) -> T {
+    // SAFETY: filled by the call that returned 0.
+    unsafe {
+        if result == T::from(0) && (*stat).stx_nlink == 0 && is_file(file_named_at(dir, path, flags)) {
+            (*stat).stx_nlink = 1;
+        }
+    }
+    result
+}
+
+/// Whether a path is that of a guest_memfd and these flags would open it again, which the file refuses.
+fn opens_file(path: *const c_char, flags: c_int) -> bool {
+    // These do not come as far as the file: the name is opened, or it is refused for what it is.
+    const OTHER: c_int = libc::O_PATH | libc::O_NOFOLLOW | libc::O_DIRECTORY;
+    const NEW: c_int = libc::O_CREAT | libc::O_EXCL;
+    flags & OTHER == 0 && flags & NEW != NEW && file_named(path) >= 0
+}
+
+/// Whether `readlink` would give the name of a guest_memfd. The kernel takes the size for an int, and refuses none first.
+fn reads_name(path: *const c_char, size: size_t) -> bool {
+    size as c_int > 0 && file_named(path) >= 0
 }
 
 /// What /proc/self/fd says of a guest_memfd; like readlink, cut and without a terminator.
@@ -507,7 +743,7 @@ unsafe fn give_name(buffer: *mut c_char, size: size_t) -> ssize_t {
     }
 }
 
-fn refuse() -> c_int {
+fn refuse<T: crate::Returned>() -> T {
     crate::set_errno(gmem_uapi::Errno::NXIO);
-    -1
+    T::FAILED
 }

@@ -2,7 +2,10 @@
 
 use std::cell::RefCell;
 
+use gmem_host::sys::{SignalsBlocked, copy_from_client};
 use gmem_uapi::ForkGuard;
+
+use crate::Returned;
 
 thread_local! {
     static HELD: RefCell<Option<ForkGuard<'static>>> = const { RefCell::new(None) };
@@ -30,4 +33,37 @@ extern "C" fn child() {
     if let Some(process) = crate::process() {
         process.is_child();
     }
+}
+
+/// A fork for which libc runs no handlers. Without storage of the thread, which may not be allocated in a signal handler.
+pub(crate) fn around<T: Returned + PartialEq + From<u8>>(fork: impl FnOnce() -> T) -> T {
+    // A handler that came in between would wait for what is held here.
+    let _signals = SignalsBlocked::new();
+    let held = crate::process().map(gmem_uapi::Process::before_fork);
+    let child = fork();
+    drop(held);
+    if let (true, Some(process)) = (child == T::from(0), crate::process()) {
+        process.is_child();
+    }
+    child
+}
+
+/// Whether `clone` by number is what fork does: the child has a copy of the memory, and goes on with this stack.
+pub(crate) fn copies_memory(flags: usize, stack: usize) -> bool {
+    stack == 0 && flags & CLONE_VM == 0
+}
+
+const CLONE_VM: usize = 0x100;
+
+/// The same of `clone3`, from its structure.
+pub(crate) fn copies_memory_as_told(address: usize, size: usize) -> bool {
+    const FLAGS: usize = 0;
+    const STACK: usize = 40;
+    let field = |offset: usize| {
+        let mut field = [0; size_of::<usize>()];
+        let end = offset + field.len();
+        let known = end <= size && copy_from_client(address.wrapping_add(offset), &mut field).is_ok();
+        known.then(|| usize::from_ne_bytes(field))
+    };
+    field(FLAGS).zip(field(STACK)).is_some_and(|(flags, stack)| copies_memory(flags, stack))
 }

@@ -6,6 +6,7 @@
 mod calls;
 mod fork;
 mod library;
+mod paths;
 mod real;
 mod seccomp;
 
@@ -73,6 +74,10 @@ impl Returned for isize {
 impl Returned for usize {
     /// `MAP_FAILED`
     const FAILED: Self = usize::MAX;
+}
+
+impl Returned for *mut libc::FILE {
+    const FAILED: Self = std::ptr::null_mut();
 }
 
 /// Asks gmem, and makes the real call if it is none of its business.

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_ulong, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use libc::{mode_t, off_t, size_t, ssize_t};
+use libc::{FILE, mode_t, off_t, pid_t, size_t, ssize_t};
 
 fn next(cache: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
     let known = cache.load(Ordering::Relaxed);
@@ -17,10 +17,11 @@ fn next(cache: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
 }
 
 macro_rules! real {
-    ($($name:ident($($arg:ident: $type:ty),* $(,)?) -> $ret:ty;)*) => {
+    ($($(#[$meta:meta])* $name:ident($($arg:ident: $type:ty),* $(,)?) -> $ret:ty;)*) => {
         $(
             /// # Safety
             /// As the function of this name in libc.
+            $(#[$meta])*
             pub(crate) unsafe fn $name($($arg: $type),*) -> $ret {
                 static CACHE: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
                 let name = const {
@@ -48,6 +49,8 @@ real! {
     ioctl(fd: c_int, request: c_ulong, arg: usize) -> c_int;
     close(fd: c_int) -> c_int;
     close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int;
+    fclose(stream: *mut FILE) -> c_int;
+    freopen64(path: *const c_char, mode: *const c_char, stream: *mut FILE) -> *mut FILE;
     dup(fd: c_int) -> c_int;
     dup2(fd: c_int, copy: c_int) -> c_int;
     dup3(fd: c_int, copy: c_int, flags: c_int) -> c_int;
@@ -77,6 +80,19 @@ real! {
     fchown(fd: c_int, owner: c_uint, group: c_uint) -> c_int;
     futimens(fd: c_int, times: *const c_void) -> c_int;
     utimensat(dir: c_int, path: *const c_char, times: *const c_void, flags: c_int) -> c_int;
+    futimes(fd: c_int, times: *const c_void) -> c_int;
+    futimesat(dir: c_int, path: *const c_char, times: *const c_void) -> c_int;
+    utimes(path: *const c_char, times: *const c_void) -> c_int;
+    utime(path: *const c_char, times: *const c_void) -> c_int;
+    chmod(path: *const c_char, mode: mode_t) -> c_int;
+    fchmodat(dir: c_int, path: *const c_char, mode: mode_t, flags: c_int) -> c_int;
+    chown(path: *const c_char, owner: c_uint, group: c_uint) -> c_int;
+    fchownat(dir: c_int, path: *const c_char, owner: c_uint, group: c_uint, flags: c_int) -> c_int;
+    truncate64(path: *const c_char, len: off_t) -> c_int;
+    fgetxattr(fd: c_int, name: *const c_char, value: *mut c_void, size: size_t) -> ssize_t;
+    fsetxattr(fd: c_int, name: *const c_char, value: *const c_void, size: size_t, flags: c_int) -> c_int;
+    fremovexattr(fd: c_int, name: *const c_char) -> c_int;
+    readahead(fd: c_int, offset: off_t, count: size_t) -> ssize_t;
     posix_fallocate64(fd: c_int, offset: off_t, len: off_t) -> c_int;
     sendfile64(to: c_int, from: c_int, offset: *mut c_void, count: size_t) -> ssize_t;
     splice(from: c_int, from_offset: *mut c_void, to: c_int, to_offset: *mut c_void, len: size_t, flags: c_uint) -> ssize_t;
@@ -87,8 +103,18 @@ real! {
     statx(dir: c_int, path: *const c_char, flags: c_int, mask: c_uint, stat: *mut libc::statx) -> c_int;
     open64(path: *const c_char, flags: c_int, mode: mode_t) -> c_int;
     openat64(dir: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int;
+    creat64(path: *const c_char, mode: mode_t) -> c_int;
+    fopen64(path: *const c_char, mode: *const c_char) -> *mut FILE;
     readlink(path: *const c_char, buffer: *mut c_char, size: size_t) -> ssize_t;
     readlinkat(dir: c_int, path: *const c_char, buffer: *mut c_char, size: size_t) -> ssize_t;
+    #[expect(non_snake_case, reason = "libc's name for it")]
+    _Fork() -> pid_t;
+    __read_chk(fd: c_int, buffer: *mut c_void, count: size_t, room: size_t) -> ssize_t;
+    __pread64_chk(fd: c_int, buffer: *mut c_void, count: size_t, offset: off_t, room: size_t) -> ssize_t;
+    __readlink_chk(path: *const c_char, buffer: *mut c_char, size: size_t, room: size_t) -> ssize_t;
+    __readlinkat_chk(dir: c_int, path: *const c_char, buffer: *mut c_char, size: size_t, room: size_t) -> ssize_t;
+    __open64_2(path: *const c_char, flags: c_int) -> c_int;
+    __openat64_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int;
     prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong) -> c_int;
     syscall(number: c_long, a: usize, b: usize, c: usize, d: usize, e: usize, f: usize) -> c_long;
 }

@@ -22,9 +22,10 @@ pub const SET_MEMORY_ATTRIBUTES: u32 = 0x4020_aed2;
 /// `KVM_CREATE_GUEST_MEMFD`
 pub const CREATE_GUEST_MEMFD: u32 = 0xc040_aed4;
 
-/// Calls that the VFS answers before a file is asked (`do_vfs_ioctl`, `file_ioctl`): FIGETBSZ, FIONREAD, FIONBIO, FIONCLEX,
-/// FIOCLEX, FIOASYNC, FIOQSIZE.
-pub(crate) const VFS_IOCTLS: [u32; 7] = [0x2, 0x541b, 0x5421, 0x5450, 0x5451, 0x5452, 0x5460];
+/// Calls that the VFS answers before a file is asked (`do_vfs_ioctl`): FIGETBSZ, FIONBIO, FIONCLEX, FIOCLEX, FIOASYNC.
+pub(crate) const VFS_IOCTLS: [u32; 5] = [0x2, 0x5421, 0x5450, 0x5451, 0x5452];
+/// The same for regular files, which newer kernels take a guest_memfd for none of: FIONREAD, FIOQSIZE.
+pub(crate) const SIZE_IOCTLS: [u32; 2] = [0x541b, 0x5460];
 
 /// Whether `request` is one of KVM's (type byte 0xae).
 #[must_use]

@@ -33,13 +33,13 @@ impl Drop for FileObject {
 pub enum FileCall {
     /// read, readv, write, writev and whatever copies through them.
     ReadWrite,
-    /// pread, pwrite and their vector forms.
-    ReadWriteAt,
+    /// pread, pwrite and their vector forms, with the offset.
+    ReadWriteAt(i64),
     /// lseek, with its last argument.
     Seek(i32),
     /// ftruncate, fchmod, fchown, futimens: changes of the inode.
     ChangeInode,
-    /// fsync, fdatasync.
+    /// fsync, fdatasync, readahead: of a page cache that the file has not.
     Sync,
     /// fallocate.
     Fallocate {
@@ -52,15 +52,21 @@ pub enum FileCall {
     },
     /// sendfile or splice with the file on either end.
     Splice,
+    /// sendfile from an offset of the file.
+    SendFrom,
     /// copy_file_range with the file on either end; the other one is this descriptor.
     CopyRange {
         /// The other descriptor.
         other: i32,
         /// Whether that is a guest_memfd too.
         same_kind: bool,
+        /// The call's flags, of which there are none yet.
+        flags: u32,
     },
     /// fcntl with F_ADD_SEALS or F_GET_SEALS.
     Seals,
+    /// fgetxattr, fsetxattr, fremovexattr.
+    Attribute,
 }
 
 /// The last `SEEK_*` that the kernel knows, SEEK_HOLE.
@@ -80,11 +86,13 @@ impl FileObject {
                 Err(Errno::INVAL)
             }
             FileCall::Seek(whence) if !(0..=SEEK_MAX).contains(&whence) => Err(Errno::INVAL),
-            FileCall::ReadWriteAt | FileCall::Seek(_) => Err(Errno::SPIPE),
+            FileCall::ReadWriteAt(offset) if offset < 0 => Err(Errno::INVAL),
+            FileCall::ReadWriteAt(_) | FileCall::Seek(_) | FileCall::SendFrom => Err(Errno::SPIPE),
+            FileCall::Attribute => Err(Errno::OPNOTSUPP),
             FileCall::CopyRange { other, .. } if !gmem_host::kvm::is_open(other) => Err(Errno::BADF),
-            FileCall::CopyRange { same_kind: true, .. } => Err(Errno::INVAL),
+            FileCall::CopyRange { same_kind, flags, .. } if same_kind || flags != 0 => Err(Errno::INVAL),
             // Another file system.
-            FileCall::CopyRange { same_kind: false, .. } => Err(Errno::XDEV),
+            FileCall::CopyRange { .. } => Err(Errno::XDEV),
             // A child of fork has the descriptor and not what it needs to change the file.
             FileCall::Fallocate { .. } if self.vm.check_owner().is_err() => Err(Errno::IO),
             FileCall::Fallocate { mode, offset, len } => self.fallocate(mode, offset, len, signals).map(|()| 0),

@@ -81,6 +81,8 @@ pub struct Process {
     /// The numbers that `fds` has entries for.
     known: FdSet,
     fds: RwLock<Vec<Option<Entry>>>,
+    /// How many entries of `fds` are files.
+    file_count: AtomicUsize,
     vms: Mutex<Vec<Weak<VmObject>>>,
     vm_count: AtomicUsize,
     client: Arc<Mutex<ClientMemory>>,
@@ -109,6 +111,7 @@ impl Process {
             native,
             known: FdSet::default(),
             fds: RwLock::default(),
+            file_count: AtomicUsize::new(0),
             vms: Mutex::default(),
             vm_count: AtomicUsize::new(0),
             client: Arc::default(),
@@ -142,14 +145,19 @@ impl Process {
             fds.resize(index + 1, None);
         }
         self.known.set(fd, entry.is_some());
-        std::mem::replace(fds.get_mut(index)?, entry)
+        let files = |entry: &Option<Entry>| usize::from(matches!(entry, Some(Entry::File(_))));
+        self.file_count.fetch_add(files(&entry), Ordering::Relaxed);
+        let old = std::mem::replace(fds.get_mut(index)?, entry);
+        self.file_count.fetch_sub(files(&old), Ordering::Relaxed);
+        old
     }
 
     /// `ioctl`.
     pub fn ioctl(&self, fd: i32, request: u32, arg: Argument) -> Answer<i32> {
         if !abi::is_kvm(request) {
             // What the VFS answers for every file it answers for the one that stands for a guest_memfd.
-            let refused = !abi::VFS_IOCTLS.contains(&request) && self.file(fd).is_some();
+            let sizes = self.config.profile.answers_size_ioctls && abi::SIZE_IOCTLS.contains(&request);
+            let refused = !sizes && !abi::VFS_IOCTLS.contains(&request) && self.file(fd).is_some();
             return if refused { Answer::Done(Err(Errno::NOTTY)) } else { Answer::Pass };
         }
         let entry = self.entry(fd);
@@ -274,6 +282,12 @@ impl Process {
             None if kvm::is_open(fd) => FileClaim::NotGuestMemfd,
             None => FileClaim::BadDescriptor,
         }
+    }
+
+    /// Whether any descriptor is a guest_memfd of gmem's. Takes no lock.
+    #[must_use]
+    pub fn has_files(&self) -> bool {
+        self.file_count.load(Ordering::Relaxed) > 0
     }
 
     /// Whether `fd` is a guest_memfd of gmem's; its size in bytes.

@@ -17,6 +17,8 @@ pub struct Profile {
     pub since: (u32, u32),
     /// What `/proc/self/fd` says of a guest_memfd.
     pub file_name: &'static str,
+    /// Whether a guest_memfd answers FIONREAD and FIOQSIZE, as regular files do.
+    pub answers_size_ioctls: bool,
     /// Flags of `KVM_CREATE_GUEST_MEMFD`.
     pub file_flags: FileFlags,
     /// Whether `KVM_CAP_GUEST_MEMFD_FLAGS` exists.
@@ -34,6 +36,7 @@ pub static PROFILES: [Profile; 3] = [
         about: "Linux 6.12 with its stable fixes, as in Debian 13",
         since: (0, 0),
         file_name: "anon_inode:[kvm-gmem]",
+        answers_size_ioctls: true,
         file_flags: FileFlags::empty(),
         reports_file_flags: false,
         pages_bound: Errno::INVAL,
@@ -51,6 +54,7 @@ pub static PROFILES: [Profile; 3] = [
         about: "Linux 6.18: mappable files, files on every VM",
         since: (6, 18),
         file_name: "anon_inode:[kvm-gmem]",
+        answers_size_ioctls: false,
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::INVAL,
@@ -61,6 +65,7 @@ pub static PROFILES: [Profile; 3] = [
         about: "Linux 7.0 and later: as 6.18, with EEXIST for file pages that are bound already",
         since: (7, 0),
         file_name: "/[kvm-gmem] (deleted)",
+        answers_size_ioctls: false,
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::EXIST,

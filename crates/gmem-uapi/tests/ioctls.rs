@@ -340,7 +340,7 @@ fn calls_on_the_file() {
     for call in [FileCall::ReadWrite, FileCall::ChangeInode, FileCall::Sync, FileCall::Splice] {
         assert_eq!(client.call(fd, call), Err(Errno::INVAL), "{call:?}");
     }
-    for call in [FileCall::ReadWriteAt, FileCall::Seek(0)] {
+    for call in [FileCall::ReadWriteAt(0), FileCall::Seek(0)] {
         assert_eq!(client.call(fd, call), Err(Errno::SPIPE), "{call:?}");
     }
     for mode in 0..0x100 {
@@ -367,6 +367,8 @@ fn calls_on_the_file() {
     assert_eq!(client.ioctl_number(fd, 0x5401, 0), Err(Errno::NOTTY));
     const FIOCLEX: u32 = 0x5451;
     assert_eq!(client.process.ioctl(fd, FIOCLEX, 0.into()), Answer::Pass, "answered for every file");
+    const FIONREAD: u32 = 0x541b;
+    assert_eq!(client.process.ioctl(fd, FIONREAD, 0.into()), Answer::Done(Err(Errno::NOTTY)), "since 6.18");
     assert_eq!(client.ioctl_number(fd, abi::SET_MEMORY_ATTRIBUTES, BAD), Err(Errno::NOTTY));
     [fd, vm].into_iter().for_each(|fd| client.close(fd));
 }

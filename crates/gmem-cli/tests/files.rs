@@ -1,0 +1,472 @@
+//! What libc's many ways to a descriptor say of a guest_memfd under `gmem run`: what the kernel says. Each client is this test
+//! program itself, run again under gmem with the name of a part in the environment; it uses libc only and knows nothing of
+//! gmem.
+
+use std::ffi::{c_int, c_ulong};
+use std::process::Command;
+
+const PART: &str = "GMEM_TEST_PART";
+
+/// Runs one of the parts below under gmem, or says what is missing.
+fn under_gmem(part: &str) {
+    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+        eprintln!("skipped: /dev/kvm is missing or cannot be opened");
+        return;
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_gmem"))
+        .args(["run", "--emulate", "--profile", "linux-7.3", "--"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "client", "--nocapture"])
+        .env(PART, part)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{part}: {output:?}");
+}
+
+#[test]
+fn client() {
+    match std::env::var(PART).as_deref() {
+        Ok("paths") => parts::paths(),
+        Ok("names") => parts::names(),
+        Ok("closing") => parts::closing(),
+        Ok("numbers") => parts::numbers(),
+        Ok("fortified") => parts::fortified(),
+        Ok("refusals") => parts::refusals(),
+        Ok("forks") => parts::forks(),
+        _ => {}
+    }
+}
+
+#[test]
+fn a_path_that_cannot_be_read_is_an_error() {
+    under_gmem("paths");
+}
+
+#[test]
+fn no_name_of_a_descriptor_opens_its_file_again() {
+    under_gmem("names");
+}
+
+#[test]
+fn gmem_forgets_a_descriptor_when_it_is_closed_and_only_then() {
+    under_gmem("closing");
+}
+
+#[test]
+fn system_calls_by_number_are_answered_as_by_name() {
+    under_gmem("numbers");
+}
+
+#[test]
+fn programs_built_with_fortify_source_get_the_same_answers() {
+    under_gmem("fortified");
+}
+
+#[test]
+fn calls_are_refused_with_the_errno_of_the_kernel() {
+    under_gmem("refusals");
+}
+
+#[test]
+fn a_child_has_its_own_memory_however_it_was_made() {
+    under_gmem("forks");
+}
+
+mod parts {
+    use super::{c_int, c_ulong};
+    use std::ffi::{CStr, CString, c_char, c_long, c_void};
+    use std::ptr::{null, null_mut};
+
+    const KVM_CREATE_VM: c_ulong = 0xae01;
+    const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;
+    const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
+    const SIZE: u64 = 0x20_0000;
+    /// No page is there.
+    const BAD: *const c_char = std::ptr::without_provenance(8);
+    const NOWHERE: c_int = libc::AT_FDCWD;
+
+    unsafe extern "C" {
+        fn _Fork() -> c_int;
+        fn __read_chk(fd: c_int, buffer: *mut c_void, count: usize, room: usize) -> isize;
+        fn __pread_chk(fd: c_int, buffer: *mut c_void, count: usize, offset: i64, room: usize) -> isize;
+        fn __pread64_chk(fd: c_int, buffer: *mut c_void, count: usize, offset: i64, room: usize) -> isize;
+        fn __readlink_chk(path: *const c_char, buffer: *mut c_char, size: usize, room: usize) -> isize;
+        fn __readlinkat_chk(dir: c_int, path: *const c_char, buffer: *mut c_char, size: usize, room: usize) -> isize;
+        fn __open_2(path: *const c_char, flags: c_int) -> c_int;
+        fn __open64_2(path: *const c_char, flags: c_int) -> c_int;
+        fn __openat_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int;
+        fn __openat64_2(dir: c_int, path: *const c_char, flags: c_int) -> c_int;
+    }
+
+    /// What a call returned, or its errno.
+    fn result(returned: impl Into<i64>) -> Result<i64, i32> {
+        match returned.into() {
+            -1 => Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)),
+            value => Ok(value),
+        }
+    }
+
+    fn sized(returned: isize) -> Result<i64, i32> {
+        result(returned as i64)
+    }
+
+    fn ioctl(fd: c_int, request: c_ulong, arg: usize) -> c_int {
+        // SAFETY: each argument is a number, or the address of a structure of the request's size.
+        let fd = unsafe { libc::ioctl(fd, request, arg) };
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        fd
+    }
+
+    fn protected_vm() -> c_int {
+        // SAFETY: a constant path.
+        let kvm = unsafe { libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+        ioctl(kvm, KVM_CREATE_VM, 1)
+    }
+
+    fn file() -> c_int {
+        let claim = [SIZE, 0, 0, 0, 0, 0, 0, 0];
+        ioctl(protected_vm(), KVM_CREATE_GUEST_MEMFD, claim.as_ptr().addr())
+    }
+
+    /// An ordinary file with four bytes in it.
+    fn memfd() -> c_int {
+        // SAFETY: a new descriptor and a constant.
+        unsafe {
+            let fd = libc::memfd_create(c"x".as_ptr(), 0);
+            assert_eq!(libc::write(fd, c"four".as_ptr().cast(), 4), 4);
+            assert_eq!(libc::lseek(fd, 0, libc::SEEK_SET), 0);
+            fd
+        }
+    }
+
+    fn name_of(fd: c_int) -> CString {
+        CString::new(format!("/proc/self/fd/{fd}")).unwrap()
+    }
+
+    /// Whether gmem takes a descriptor for a guest_memfd, whose allocation it then does.
+    fn is_guest_memfd(fd: c_int) -> bool {
+        // SAFETY: any descriptor will do.
+        unsafe { libc::fallocate(fd, 1, 0, 4096) == 0 && libc::lseek(fd, 0, libc::SEEK_SET) == -1 }
+    }
+
+    pub(super) fn paths() {
+        let open_all = || {
+            let mut byte: c_char = 0;
+            // SAFETY: the kernel finds that the path cannot be read.
+            unsafe {
+                assert_eq!(result(libc::open(BAD, libc::O_RDONLY)), Err(libc::EFAULT));
+                assert_eq!(result(libc::openat(NOWHERE, BAD, libc::O_RDONLY)), Err(libc::EFAULT));
+                assert_eq!(sized(libc::readlink(BAD, &raw mut byte, 1)), Err(libc::EFAULT));
+                assert_eq!(sized(libc::readlinkat(NOWHERE, BAD, &raw mut byte, 1)), Err(libc::EFAULT));
+                assert_eq!(result(libc::syscall(libc::SYS_open, BAD, 0)), Err(libc::EFAULT));
+                assert_eq!(result(libc::chmod(BAD, 0)), Err(libc::EFAULT));
+            }
+        };
+        open_all();
+        let fd = file();
+        open_all();
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping of two pages, of which the second goes; each string ends where the first one does.
+        unsafe {
+            let pages = libc::mmap(null_mut(), 8192, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0).cast::<u8>();
+            assert_eq!(libc::munmap(pages.add(4096).cast(), 4096), 0);
+            for (path, expected) in [(name_of(fd), Err(libc::ENXIO)), (c"/none".to_owned(), Err(libc::ENOENT))] {
+                let bytes = path.as_bytes_with_nul();
+                let at = pages.add(4096 - bytes.len());
+                at.copy_from(bytes.as_ptr(), bytes.len());
+                assert_eq!(result(libc::open(at.cast(), libc::O_RDWR)), expected);
+            }
+            // Without its end the string goes on where nothing is.
+            pages.add(4095).write(b'x');
+            assert_eq!(result(libc::open(pages.add(4090).cast(), libc::O_RDWR)), Err(libc::EFAULT));
+            let long = CString::new(format!("/proc/self/fd/{}{fd}", "../fd/".repeat(20))).unwrap();
+            let other = result(libc::open(long.as_ptr(), libc::O_PATH));
+            assert!(other.is_ok(), "a long path is the kernel's: {other:?}");
+        }
+    }
+
+    pub(super) fn names() {
+        let fd = file();
+        let own = std::process::id();
+        let names = [
+            format!("/proc/self/fd/{fd}"),
+            format!("/proc/thread-self/fd/{fd}"),
+            format!("/proc/{own}/fd/{fd}"),
+            format!("/dev/fd/{fd}"),
+        ];
+        for name in names.map(|name| CString::new(name).unwrap()) {
+            let path = name.as_ptr();
+            // SAFETY: the path is a string, and the buffer has the size given.
+            unsafe {
+                for flags in [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR | libc::O_TRUNC] {
+                    assert_eq!(result(libc::open(path, flags)), Err(libc::ENXIO), "{name:?}");
+                    assert_eq!(result(libc::openat(NOWHERE, path, flags)), Err(libc::ENXIO), "{name:?}");
+                }
+                assert_eq!(result(libc::creat(path, 0o600)), Err(libc::ENXIO), "{name:?}");
+                for mode in [c"r", c"r+", c"w"] {
+                    assert!(libc::fopen(path, mode.as_ptr()).is_null(), "{name:?}");
+                    assert_eq!(result(-1), Err(libc::ENXIO), "{name:?}");
+                }
+                assert_eq!(result(libc::open(path, libc::O_RDONLY | libc::O_NOFOLLOW)), Err(libc::ELOOP), "{name:?}");
+                assert_eq!(
+                    result(libc::open(path, libc::O_RDONLY | libc::O_DIRECTORY)),
+                    Err(libc::ENOTDIR),
+                    "{name:?}"
+                );
+                let reference = libc::open(path, libc::O_PATH);
+                assert!(reference >= 0, "{name:?}");
+                libc::close(reference);
+                let mut buffer = [0u8; 64];
+                let len = libc::readlink(path, buffer.as_mut_ptr().cast(), 64);
+                let said = buffer.get(..usize::try_from(len).unwrap()).unwrap();
+                assert_eq!(said, b"/[kvm-gmem] (deleted)", "{name:?}");
+                assert_eq!(sized(libc::readlink(path, buffer.as_mut_ptr().cast(), 0)), Err(libc::EINVAL), "{name:?}");
+            }
+        }
+        let ordinary = memfd();
+        // SAFETY: a string.
+        assert!(unsafe { libc::open(name_of(ordinary).as_ptr(), libc::O_RDWR) } >= 0, "other files open again");
+    }
+
+    pub(super) fn closing() {
+        let fd = file();
+        let first = fd.unsigned_abs();
+        let close_range = |flags: c_int| {
+            // SAFETY: descriptors of this function's.
+            result(unsafe { libc::close_range(first, first, flags) })
+        };
+        assert_eq!(close_range(0x80), Err(libc::EINVAL));
+        assert_eq!(close_range(0x80 | 4), Err(libc::EINVAL));
+        assert!(is_guest_memfd(fd), "nothing was closed");
+        assert_eq!(close_range(4), Ok(0), "close-on-exec");
+        assert!(is_guest_memfd(fd), "nothing was closed");
+        // SAFETY: a descriptor of this function's.
+        assert_eq!(unsafe { libc::fcntl(fd, libc::F_GETFD) }, 1);
+        streams();
+        // Last: from here on this thread has a table of its own, which /proc/self does not show.
+        assert_eq!(close_range(2), Ok(0));
+        assert_eq!(memfd(), fd, "the lowest number");
+        assert!(!is_guest_memfd(fd));
+    }
+
+    /// libc closes descriptors of its own accord.
+    fn streams() {
+        let fd = file();
+        let mut bytes = [0u8; 4];
+        // SAFETY: descriptors and a stream of this function's, and a buffer of four bytes.
+        unsafe {
+            let stream = libc::fdopen(fd, c"r".as_ptr());
+            assert!(!stream.is_null());
+            assert_eq!(libc::fclose(stream), 0);
+            assert_eq!(memfd(), fd, "the lowest number");
+            assert_eq!((libc::read(fd, bytes.as_mut_ptr().cast(), 4), &bytes), (4, b"four"));
+            let stream = libc::fdopen(file(), c"r".as_ptr());
+            let stream = libc::freopen(name_of(memfd()).as_ptr(), c"r".as_ptr(), stream);
+            assert!(!stream.is_null());
+            assert_eq!(libc::fgetc(stream), i32::from(b'f'));
+            assert_eq!(libc::lseek(libc::fileno(stream), 0, libc::SEEK_SET), 0, "an ordinary file");
+        }
+    }
+
+    /// By number, with up to six arguments.
+    fn call(number: c_long, args: &[i64]) -> Result<i64, i32> {
+        let arg = |index: usize| args.get(index).copied().unwrap_or(0);
+        // SAFETY: the callers pass what the call takes.
+        result(unsafe { libc::syscall(number, arg(0), arg(1), arg(2), arg(3), arg(4), arg(5)) })
+    }
+
+    fn address<T>(of: *const T) -> i64 {
+        i64::try_from(of.addr()).unwrap()
+    }
+
+    pub(super) fn numbers() {
+        let (fd, memfd) = (i64::from(file()), i64::from(memfd()));
+        let mut buffer = [0u8; 64];
+        let at = address(buffer.as_mut_ptr());
+        let vector = [at, 64];
+        let vectors = address(vector.as_ptr());
+        let [inval, spipe, nxio] = [libc::EINVAL, libc::ESPIPE, libc::ENXIO].map(Err);
+        let name = name_of(file());
+        let path = address(name.as_ptr());
+        let here = i64::from(NOWHERE);
+        let offset = 0i64;
+        let offset_at = address(&raw const offset);
+        let answers = [
+            (libc::SYS_read, vec![fd, at, 64], inval),
+            (libc::SYS_write, vec![fd, at, 64], inval),
+            (libc::SYS_readv, vec![fd, vectors, 1], inval),
+            (libc::SYS_writev, vec![fd, vectors, 1], inval),
+            (libc::SYS_pread64, vec![fd, at, 64, 0], spipe),
+            (libc::SYS_pread64, vec![fd, at, 64, -1], inval),
+            (libc::SYS_pwrite64, vec![fd, at, 64, 0], spipe),
+            (libc::SYS_preadv, vec![fd, vectors, 1, 0, 0], spipe),
+            (libc::SYS_pwritev, vec![fd, vectors, 1, 0, 0], spipe),
+            (libc::SYS_preadv2, vec![fd, vectors, 1, 0, 0, 0], spipe),
+            (libc::SYS_preadv2, vec![fd, vectors, 1, -1, -1, 0], inval),
+            (libc::SYS_pwritev2, vec![fd, vectors, 1, 0, 0, 0], spipe),
+            (libc::SYS_lseek, vec![fd, 0, 0], spipe),
+            (libc::SYS_fsync, vec![fd], inval),
+            (libc::SYS_fdatasync, vec![fd], inval),
+            (libc::SYS_ftruncate, vec![fd, 0], inval),
+            (libc::SYS_fchmod, vec![fd, 0o600], inval),
+            (libc::SYS_fchown, vec![fd, 0, 0], inval),
+            (libc::SYS_utimensat, vec![fd, 0, 0, 0], inval),
+            (libc::SYS_sendfile, vec![memfd, fd, 0, 16], inval),
+            (libc::SYS_sendfile, vec![memfd, fd, offset_at, 16], spipe),
+            (libc::SYS_splice, vec![fd, 0, memfd, 0, 16, 0], inval),
+            (libc::SYS_copy_file_range, vec![fd, 0, memfd, 0, 16, 0], Err(libc::EXDEV)),
+            (libc::SYS_copy_file_range, vec![memfd, 0, fd, 0, 16, 0], Err(libc::EXDEV)),
+            (libc::SYS_fallocate, vec![fd, 0, 0, 4096], Err(libc::EOPNOTSUPP)),
+            (libc::SYS_fallocate, vec![fd, 1, 0, 4096], Ok(0)),
+            (libc::SYS_open, vec![path, i64::from(libc::O_RDWR)], nxio),
+            (libc::SYS_openat, vec![here, path, i64::from(libc::O_RDWR)], nxio),
+            (libc::SYS_readlink, vec![path, at, 64], Ok(21)),
+            (libc::SYS_readlinkat, vec![here, path, at, 64], Ok(21)),
+            // And of other files what the kernel says.
+            (libc::SYS_read, vec![memfd, at, 64], Ok(4)),
+            (libc::SYS_pread64, vec![memfd, at, 64, 1], Ok(3)),
+            (libc::SYS_preadv, vec![memfd, vectors, 1, 2, 0], Ok(2)),
+            (libc::SYS_fsync, vec![memfd], Ok(0)),
+        ];
+        for (number, args, expected) in answers {
+            assert_eq!(call(number, &args), expected, "system call {number} with {args:?}");
+        }
+        // SAFETY: all zeros are a structure of numbers, which the kernel fills.
+        let (mut stat, mut statx): (libc::stat, libc::statx) = unsafe { std::mem::zeroed() };
+        let (stat_at, statx_at) = (address(&raw mut stat), address(&raw mut statx));
+        let empty = i64::from(libc::AT_EMPTY_PATH);
+        let nothing = address(c"".as_ptr());
+        assert_eq!((call(libc::SYS_fstat, &[fd, stat_at]), stat.st_nlink), (Ok(0), 1));
+        for (directory, path, flags) in [(fd, nothing, empty), (here, path, 0)] {
+            stat.st_nlink = 0;
+            statx.stx_nlink = 0;
+            assert_eq!((call(libc::SYS_newfstatat, &[directory, path, stat_at, flags]), stat.st_nlink), (Ok(0), 1));
+            assert_eq!((call(libc::SYS_statx, &[directory, path, flags, 4, statx_at]), statx.stx_nlink), (Ok(0), 1));
+        }
+        let elsewhere = [memfd, nothing, stat_at, empty];
+        assert_eq!((call(libc::SYS_newfstatat, &elsewhere), stat.st_nlink), (Ok(0), 0), "a memfd has no link");
+    }
+
+    pub(super) fn fortified() {
+        let (fd, ordinary) = (file(), memfd());
+        let name = name_of(fd);
+        let path = name.as_ptr();
+        let mut buffer = [0u8; 64];
+        let at = buffer.as_mut_ptr();
+        // SAFETY: the buffer has the size given, and the path is a string.
+        unsafe {
+            assert_eq!(sized(__read_chk(fd, at.cast(), 64, 64)), Err(libc::EINVAL));
+            assert_eq!(sized(__pread_chk(fd, at.cast(), 64, 0, 64)), Err(libc::ESPIPE));
+            assert_eq!(sized(__pread64_chk(fd, at.cast(), 64, 0, 64)), Err(libc::ESPIPE));
+            assert_eq!(sized(__readlink_chk(path, at.cast(), 64, 64)), Ok(21));
+            assert_eq!(sized(__readlinkat_chk(NOWHERE, path, at.cast(), 64, 64)), Ok(21));
+            assert_eq!(result(__open_2(path, libc::O_RDONLY)), Err(libc::ENXIO));
+            assert_eq!(result(__open64_2(path, libc::O_RDONLY)), Err(libc::ENXIO));
+            assert_eq!(result(__openat_2(NOWHERE, path, libc::O_RDONLY)), Err(libc::ENXIO));
+            assert_eq!(result(__openat64_2(NOWHERE, path, libc::O_RDONLY)), Err(libc::ENXIO));
+            assert_eq!(sized(__read_chk(ordinary, at.cast(), 64, 64)), Ok(4));
+            assert_eq!(sized(__pread64_chk(ordinary, at.cast(), 64, 3, 64)), Ok(1));
+            assert_eq!(result(__open_2(c"/none".as_ptr(), libc::O_RDONLY)), Err(libc::ENOENT));
+            // Asked for more than there is room for, libc ends the process, whatever the descriptor is.
+            let child = libc::fork();
+            if child == 0 {
+                let silent = libc::open(c"/dev/null".as_ptr(), libc::O_WRONLY);
+                libc::dup2(silent, 2);
+                libc::_exit(i32::from(__read_chk(fd, at.cast(), 65, 64) != -1));
+            }
+            let mut status = 0;
+            assert_eq!(libc::waitpid(child, &raw mut status, 0), child);
+            assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{status:#x}");
+        }
+    }
+
+    pub(super) fn refusals() {
+        let (fd, ordinary) = (file(), memfd());
+        let name = name_of(fd);
+        let path = name.as_ptr();
+        let empty: &CStr = c"";
+        let mut byte = 0u8;
+        let at: *mut c_void = (&raw mut byte).cast();
+        let copy = |from: c_int, to: c_int, flags: u32| {
+            // SAFETY: descriptors, and no offsets.
+            sized(unsafe { libc::copy_file_range(from, null_mut(), to, null_mut(), 4, flags) })
+        };
+        // SAFETY: the byte is one byte, the strings are strings, and a time that is not there is now.
+        unsafe {
+            assert_eq!(sized(libc::pread(fd, at, 1, -1)), Err(libc::EINVAL));
+            assert_eq!(sized(libc::pwrite(fd, at, 1, -4096)), Err(libc::EINVAL));
+            assert_eq!(sized(libc::pread(fd, at, 1, 0)), Err(libc::ESPIPE));
+            assert_eq!(result(libc::futimes(fd, null())), Err(libc::EINVAL));
+            assert_eq!(result(libc::fchownat(fd, empty.as_ptr(), 0, 0, libc::AT_EMPTY_PATH)), Err(libc::EINVAL));
+            assert_eq!(result(libc::fsetxattr(fd, c"user.x".as_ptr(), at, 1, 0)), Err(libc::EOPNOTSUPP));
+            assert_eq!(sized(libc::fgetxattr(fd, c"user.x".as_ptr(), at, 1)), Err(libc::EOPNOTSUPP));
+            assert_eq!(result(libc::fremovexattr(fd, c"user.x".as_ptr())), Err(libc::EOPNOTSUPP));
+            assert_eq!(sized(libc::readahead(fd, 0, 4096)), Err(libc::EINVAL));
+            let mut offset = 0;
+            assert_eq!(sized(libc::sendfile(ordinary, fd, &raw mut offset, 4)), Err(libc::ESPIPE));
+            assert_eq!(sized(libc::sendfile(ordinary, fd, null_mut(), 4)), Err(libc::EINVAL));
+            for result in [
+                result(libc::chmod(path, 0o644)),
+                result(libc::chown(path, 0, 0)),
+                result(libc::truncate(path, 0)),
+                result(libc::utimes(path, null())),
+                result(libc::utimensat(NOWHERE, path, null(), 0)),
+                result(libc::fchmodat(NOWHERE, path, 0o644, 0)),
+            ] {
+                assert_eq!(result, Err(libc::EINVAL));
+            }
+            // The same of an ordinary file.
+            assert_eq!(result(libc::chmod(name_of(ordinary).as_ptr(), 0o600)), Ok(0));
+            assert_eq!(result(libc::futimes(ordinary, null())), Ok(0));
+        }
+        assert_eq!(copy(fd, ordinary, 0), Err(libc::EXDEV));
+        assert_eq!(copy(fd, ordinary, 1), Err(libc::EINVAL));
+        assert_eq!(copy(fd, 9999, 1), Err(libc::EBADF));
+    }
+
+    /// Guest RAM, which gmem keeps in memory that a child would share.
+    fn guest_ram() -> *mut u8 {
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let len = usize::try_from(SIZE).unwrap();
+        // SAFETY: a new mapping.
+        let ram = unsafe { libc::mmap(null_mut(), len, prot, flags, -1, 0) };
+        assert_ne!(ram, libc::MAP_FAILED);
+        let claim = [0, 0, SIZE, ram.addr() as u64];
+        ioctl(protected_vm(), KVM_SET_USER_MEMORY_REGION, claim.as_ptr().addr());
+        ram.cast()
+    }
+
+    /// Makes a child that writes to guest RAM and ends.
+    fn child_writes(ram: *mut u8, what: &str, make: impl FnOnce() -> i64) {
+        // SAFETY: memory that was mapped before the child was made, which makes no calls but its last one.
+        unsafe {
+            ram.write_volatile(1);
+            let child = make();
+            if child == 0 {
+                let same = ram.read_volatile() == 1;
+                ram.write_volatile(2);
+                libc::_exit(i32::from(!same));
+            }
+            let child = c_int::try_from(child).unwrap();
+            let mut status = 0;
+            assert_eq!(libc::waitpid(child, &raw mut status, 0), child, "{what}");
+            assert_eq!(status, 0, "{what}: the child finds what was there");
+            assert_eq!(ram.read_volatile(), 1, "{what}: the child wrote to its parent's memory");
+        }
+    }
+
+    pub(super) fn forks() {
+        let ram = guest_ram();
+        let signal = i64::from(libc::SIGCHLD);
+        // `struct clone_args`: the flags first, the signal fifth.
+        let claim = [0, 0, 0, 0, signal, 0, 0, 0];
+        let claim = address(claim.as_ptr());
+        // SAFETY: the child of each writes and ends.
+        child_writes(ram, "_Fork", || i64::from(unsafe { _Fork() }));
+        child_writes(ram, "fork by number", || call(libc::SYS_fork, &[]).unwrap());
+        child_writes(ram, "clone by number", || call(libc::SYS_clone, &[signal]).unwrap());
+        child_writes(ram, "clone3 by number", || call(libc::SYS_clone3, &[claim, 64]).unwrap());
+        // SAFETY: as above.
+        child_writes(ram, "fork", || i64::from(unsafe { libc::fork() }));
+    }
+}
