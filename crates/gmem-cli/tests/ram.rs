@@ -193,6 +193,12 @@ mod parts {
         ram.set(PAGE, OWN);
         let other = Ram::map(SIZE, libc::MAP_SHARED, file);
         assert_eq!([other.get(0), other.get(PAGE)], [FILLED, FILLED], "the file changes");
+
+        // Of this one no page can be read, as with a device: it is left as it is.
+        let nothing = Ram::map(SIZE, libc::MAP_PRIVATE, filled_file(0));
+        register(vm, 1, nothing);
+        // SAFETY: one byte, which the kernel cannot read.
+        assert_eq!(unsafe { libc::write(file, nothing.at(0), 1) }, -1, "there is memory that was not there");
     }
 
     pub(super) fn protected_pages() {

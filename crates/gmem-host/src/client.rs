@@ -353,11 +353,13 @@ fn is_hugetlb(area: &Area) -> bool {
 /// Copies the pages of an area that hold anything but zeros, so that memory which was never touched stays absent. Whether all
 /// of them could be read: if not, the area must stay as it is.
 ///
-/// A page beyond the end of a file cannot be read, and is nothing that a guest could have had.
+/// A page beyond the end of a file cannot be read, and is nothing that a guest could have had. A file of which no page can be
+/// read may be a device.
 fn copy_contents(area: &Area, to: &Backing) -> Result<bool, Errno> {
     let memory = OwnMemory::open();
     let pagemap = open_pagemap().ok();
     let may_lack_pages = area.file.is_some() && area.allows(false);
+    let mut is_memory = area.file.is_none();
     for block in (area.start..area.end).step_by(BLOCK) {
         let end = (block + BLOCK).min(area.end);
         // A file has bytes also where this process has no page yet.
@@ -366,6 +368,7 @@ fn copy_contents(area: &Area, to: &Backing) -> Result<bool, Errno> {
         for page in pages.unwrap_or_else(|| (block..end).step_by(PAGE).collect()) {
             let mut bytes = [0u8; PAGE];
             let read = memory.read(page, &mut bytes);
+            is_memory |= read;
             if read && bytes.iter().any(|byte| *byte != 0) {
                 to.write((page - area.start) as u64, &bytes)?;
             } else if !read && !may_lack_pages {
@@ -373,7 +376,7 @@ fn copy_contents(area: &Area, to: &Backing) -> Result<bool, Errno> {
             }
         }
     }
-    Ok(true)
+    Ok(is_memory)
 }
 
 /// The memory of this process, to be read whatever its protection is, if the kernel allows that.
