@@ -5,10 +5,24 @@ use std::cell::RefCell;
 use gmem_host::sys::{SignalsBlocked, copy_from_client};
 use gmem_uapi::ForkGuard;
 
-use crate::Returned;
+use crate::{Returned, alloc};
+
+/// What a fork must find free. The heaps go first: whoever waits for another lock may need one next.
+struct Held {
+    _heaps: alloc::Taken,
+    _process: Option<ForkGuard<'static>>,
+}
+
+impl Held {
+    fn take() -> Self {
+        let process = crate::process().map(gmem_uapi::Process::before_fork);
+        // Last: who holds one of gmem's locks may allocate.
+        Self { _process: process, _heaps: alloc::take_all() }
+    }
+}
 
 thread_local! {
-    static HELD: RefCell<Option<ForkGuard<'static>>> = const { RefCell::new(None) };
+    static HELD: RefCell<Option<Held>> = const { RefCell::new(None) };
 }
 
 pub(crate) fn register() {
@@ -16,12 +30,14 @@ pub(crate) fn register() {
     let _ = unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) };
 }
 
-fn hold(guard: Option<ForkGuard<'static>>) {
-    let _ = HELD.try_with(|held| held.try_borrow_mut().map(|mut held| *held = guard));
+fn hold(what: Option<Held>) {
+    let _ = HELD.try_with(|held| held.try_borrow_mut().map(|mut held| *held = what));
 }
 
 extern "C" fn prepare() {
-    hold(crate::process().map(gmem_uapi::Process::before_fork));
+    // The first use in a thread may allocate.
+    hold(None);
+    hold(Some(Held::take()));
 }
 
 extern "C" fn parent() {
@@ -39,7 +55,7 @@ extern "C" fn child() {
 pub(crate) fn around<T: Returned + PartialEq + From<u8>>(fork: impl FnOnce() -> T) -> T {
     // A handler that came in between would wait for what is held here.
     let _signals = SignalsBlocked::new();
-    let held = crate::process().map(gmem_uapi::Process::before_fork);
+    let held = Held::take();
     let child = fork();
     drop(held);
     if let (true, Some(process)) = (child == T::from(0), crate::process()) {

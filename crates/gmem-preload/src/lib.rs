@@ -3,6 +3,7 @@
 //! Every function has one shape: ask the process whether the call is gmem's; if it is, give its answer, else make the real
 //! call. A panic inside gmem becomes EIO and never reaches the client.
 
+mod alloc;
 mod calls;
 mod fork;
 mod library;

@@ -1,0 +1,306 @@
+//! gmem's own memory under `gmem run`: it asks neither libc nor the client for any. Each client is this test program itself, run
+//! again under gmem with the name of a part in the environment; it uses libc only and knows nothing of gmem.
+
+use std::ffi::{c_int, c_ulong};
+use std::process::Command;
+
+const PART: &str = "GMEM_TEST_PART";
+
+/// Whether there is a KVM to run anything with; says so if not.
+fn has_kvm() -> bool {
+    let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    if open.is_err() {
+        eprintln!("skipped: /dev/kvm is missing or cannot be opened");
+    }
+    open.is_ok()
+}
+
+/// Runs one of the parts below under gmem, or says what is missing.
+fn under_gmem(part: &str) {
+    if !has_kvm() {
+        return;
+    }
+    let own = std::env::current_exe().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_gmem"))
+        .args(["run", "--emulate", "--profile", "linux-7.3", "--"])
+        .arg(own)
+        .args(["--exact", "client", "--nocapture"])
+        .env(PART, part)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{part}: {output:?}");
+}
+
+#[test]
+fn client() {
+    match std::env::var(PART).as_deref() {
+        Ok("filter") => parts::filter_without_memory(),
+        Ok("handler") => parts::handler_in_malloc(),
+        Ok("mappings") => parts::no_mapping_is_left(),
+        Ok("fork") => parts::forks_amid_allocations(),
+        _ => {}
+    }
+}
+
+#[test]
+fn a_filter_that_forbids_to_ask_for_memory_stops_the_client_and_not_gmem() {
+    under_gmem("filter");
+}
+
+#[test]
+fn a_signal_handler_that_interrupts_malloc_may_call_gmem() {
+    under_gmem("handler");
+}
+
+#[test]
+fn small_things_work_when_the_process_has_all_mappings_that_it_may_have() {
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok().and_then(|text| text.trim().parse().ok());
+    if limit.is_none_or(|limit: u32| limit > 1 << 18) {
+        eprintln!("skipped: vm.max_map_count is too high for a test to reach");
+        return;
+    }
+    under_gmem("mappings");
+}
+
+#[test]
+fn children_that_were_forked_while_other_threads_allocate_can_use_gmem() {
+    under_gmem("fork");
+}
+
+mod parts {
+    use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+    use std::time::{Duration, Instant};
+
+    use super::{c_int, c_ulong};
+
+    const KVM_CREATE_VM: c_ulong = 0xae01;
+    const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;
+    const KVM_SET_MEMORY_ATTRIBUTES: c_ulong = 0x4020_aed2;
+    const PAGE: u64 = 4096;
+    const PRIVATE: u64 = 8;
+
+    fn errno() -> i32 {
+        std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
+    }
+
+    fn ioctl(fd: c_int, request: c_ulong, arg: usize) -> Result<c_int, i32> {
+        // SAFETY: each argument is a number, or the address of a structure of the request's size.
+        let result = unsafe { libc::ioctl(fd, request, arg) };
+        if result < 0 { Err(errno()) } else { Ok(result) }
+    }
+
+    fn create_file(vm: c_int, size: u64) -> Result<c_int, i32> {
+        let claim = [size, 0, 0, 0, 0, 0, 0, 0];
+        ioctl(vm, KVM_CREATE_GUEST_MEMFD, claim.as_ptr().addr())
+    }
+
+    fn set_attributes(vm: c_int, start: u64, len: u64, attributes: u64) -> Result<c_int, i32> {
+        let claim = [start, len, attributes, 0];
+        ioctl(vm, KVM_SET_MEMORY_ATTRIBUTES, claim.as_ptr().addr())
+    }
+
+    fn try_protected_vm() -> Result<c_int, i32> {
+        // SAFETY: a constant path, and a descriptor of this function's.
+        unsafe {
+            let kvm = libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+            if kvm < 0 {
+                return Err(errno());
+            }
+            let vm = ioctl(kvm, KVM_CREATE_VM, 1);
+            libc::close(kvm);
+            vm
+        }
+    }
+
+    fn protected_vm() -> c_int {
+        try_protected_vm().expect("a protected VM")
+    }
+
+    /// Makes every second page private and shared again, which takes a piece of gmem's memory for each.
+    fn scatter(vm: c_int) -> Result<(), i32> {
+        for attributes in [PRIVATE, 0] {
+            for page in 0..4000 {
+                set_attributes(vm, page * 2 * PAGE, PAGE, attributes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Kills the process at every system call but a few, none of which gives it memory.
+    pub(super) fn filter_without_memory() {
+        const SIZE: u64 = 64 << 20;
+        let vm = protected_vm();
+        let file = create_file(vm, SIZE).expect("a file");
+        let instruction = |code, jf, k| libc::sock_filter { code, jt: 0, jf, k };
+        let calls = [
+            libc::SYS_ioctl,
+            libc::SYS_write,
+            libc::SYS_exit_group,
+            libc::SYS_fallocate,
+            libc::SYS_rt_sigreturn,
+            libc::SYS_close,
+            libc::SYS_madvise,
+            libc::SYS_munmap,
+            libc::SYS_read,
+            // Rust's library, in a debug build, asks whether a descriptor that it closes is open; that goes through libc.
+            libc::SYS_fcntl,
+        ];
+        let mut filter = vec![instruction(0x20, 0, 0)];
+        for call in calls {
+            let number = u32::try_from(call).expect("a system call number");
+            filter.extend([instruction(0x15, 1, number), instruction(0x06, 0, libc::SECCOMP_RET_ALLOW)]);
+        }
+        filter.push(instruction(0x06, 0, libc::SECCOMP_RET_KILL_PROCESS));
+        let len = u16::try_from(filter.len()).expect("a short program");
+        let program = libc::sock_fprog { len, filter: filter.as_mut_ptr() };
+        // SAFETY: the program lives until the call returns.
+        unsafe {
+            assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+            let mode = libc::SECCOMP_MODE_FILTER as c_ulong;
+            assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program), 0);
+        }
+        let mut files = [-1; 64];
+        let outcome = scatter(vm).and_then(|()| set_attributes(vm, 0, SIZE, PRIVATE)).and_then(|_| {
+            for file in &mut files {
+                *file = create_file(vm, PAGE)?;
+            }
+            Ok(())
+        });
+        // SAFETY: descriptors of this function's; this process ends without what Rust would do, which asks for memory.
+        unsafe {
+            let len = SIZE.cast_signed();
+            let allocated = libc::fallocate(file, 1, 0, len) == 0 && libc::fallocate(file, 3, 0, len) == 0;
+            let closed = files.iter().all(|file| libc::close(*file) == 0);
+            libc::_exit(match (outcome, allocated, closed) {
+                (Err(_), ..) => 2,
+                (_, false, _) => 3,
+                (.., false) => 4,
+                _ => 0,
+            });
+        }
+    }
+
+    static VM: AtomicI32 = AtomicI32::new(-1);
+    static HANDLED: AtomicU64 = AtomicU64::new(0);
+    static REFUSED: AtomicU64 = AtomicU64::new(0);
+
+    extern "C" fn convert(_: c_int) {
+        // SAFETY: libc gives every thread a valid address for its errno.
+        let at = unsafe { libc::__errno_location() };
+        // SAFETY: as above.
+        let before = unsafe { *at };
+        let n = HANDLED.fetch_add(1, Ordering::Relaxed);
+        if set_attributes(VM.load(Ordering::Relaxed), (n % 64) * 2 * PAGE, PAGE, (n & 1) * PRIVATE).is_err() {
+            REFUSED.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: as above.
+        unsafe { *at = before };
+    }
+
+    /// Signals come while this thread is in `malloc` and while it is in gmem.
+    pub(super) fn handler_in_malloc() {
+        const LONG: Duration = Duration::from_secs(2);
+        let vm = protected_vm();
+        VM.store(vm, Ordering::Relaxed);
+        let done = AtomicBool::new(false);
+        let mut random = 1u64;
+        let mut blocks = [std::ptr::null_mut(); 256];
+        // SAFETY: a handler that makes system calls, this thread, which waits for the other one, and blocks that are freed once.
+        unsafe {
+            assert_ne!(libc::signal(libc::SIGALRM, convert as *const () as usize), libc::SIG_ERR);
+            let this = libc::pthread_self();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let begin = Instant::now();
+                    while !done.load(Ordering::Relaxed) {
+                        std::thread::sleep(Duration::from_micros(100));
+                        libc::pthread_kill(this, libc::SIGALRM);
+                        if begin.elapsed() > LONG * 15 {
+                            // The thread waits for itself.
+                            libc::_exit(9);
+                        }
+                    }
+                });
+                let begin = Instant::now();
+                while begin.elapsed() < LONG {
+                    for block in &mut blocks {
+                        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                        libc::free(*block);
+                        *block = libc::malloc(1100 + (random >> 33) as usize % 20 * 517);
+                    }
+                    set_attributes(vm, 1 << 32, PAGE, (random >> 40 & 1) * PRIVATE).expect("attributes");
+                }
+                done.store(true, Ordering::Relaxed);
+            });
+            blocks.iter().for_each(|block| libc::free(*block));
+        }
+        assert!(HANDLED.load(Ordering::Relaxed) > 100, "{HANDLED:?} signals");
+        assert_eq!(REFUSED.load(Ordering::Relaxed), 0);
+    }
+
+    /// Neither gmem nor anyone else can map anything, until this thread gives back what it has taken.
+    pub(super) fn no_mapping_is_left() {
+        const ROOM: usize = 4 << 30;
+        let vm = protected_vm();
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let write = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping, which is cut into pieces and never used; between that and its end nothing here allocates.
+        let outcome = unsafe {
+            let room = libc::mmap(std::ptr::null_mut(), ROOM, libc::PROT_NONE, flags, -1, 0);
+            assert_ne!(room, libc::MAP_FAILED);
+            let cut = |at: usize| libc::mprotect(room.wrapping_byte_add(at), 4096, write) == 0;
+            let full = !(0..ROOM).step_by(2 * 4096).all(cut);
+            // A cut takes two. Shared memory is never joined to a mapping that is there.
+            let shared = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+            let map = |_| libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, shared, -1, 0);
+            let none_left = (0..8).map(map).any(|mapped| mapped == libc::MAP_FAILED);
+            let outcome = scatter(vm);
+            libc::munmap(room, ROOM);
+            assert!(full && none_left, "the limit was not reached");
+            outcome
+        };
+        assert_eq!(outcome, Ok(()));
+        create_file(vm, PAGE).expect("a file");
+    }
+
+    /// A child has one thread, and the heaps as the others left them.
+    pub(super) fn forks_amid_allocations() {
+        const CHILDREN: usize = 50;
+        let vms = [protected_vm(), protected_vm()];
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let done = &done;
+            for vm in vms {
+                scope.spawn(move || {
+                    while !done.load(Ordering::Relaxed) {
+                        scatter(vm).expect("attributes");
+                    }
+                });
+            }
+            for _ in 0..CHILDREN {
+                // SAFETY: the child makes system calls and exits; it ends by itself if one of them never returns.
+                let child = unsafe { libc::fork() };
+                if child == 0 {
+                    // SAFETY: as above.
+                    unsafe { libc::alarm(20) };
+                    let works = try_protected_vm().and_then(|vm| {
+                        for page in 0..100 {
+                            set_attributes(vm, page * 2 * PAGE, PAGE, PRIVATE)?;
+                        }
+                        create_file(vm, PAGE)
+                    });
+                    // SAFETY: as above.
+                    unsafe { libc::_exit(works.map_or_else(|error| error, |_| 0)) };
+                }
+                let mut status = 0;
+                // SAFETY: a child of this process.
+                unsafe { libc::waitpid(child, &raw mut status, 0) };
+                if status != 0 {
+                    done.store(true, Ordering::Relaxed);
+                }
+                assert_eq!(status, 0, "the child could not use gmem");
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+}
