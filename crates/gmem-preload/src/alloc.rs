@@ -506,8 +506,12 @@ mod tests {
     fn a_signal_handler_may_allocate_wherever_it_comes() {
         static HEAPS: Heaps = Heaps([const { Heap::new() }; super::HEAPS]);
         static HANDLED: AtomicUsize = AtomicUsize::new(0);
+        static DEPTH: AtomicUsize = AtomicUsize::new(0);
+        /// More than there are heaps; the stack has to hold them.
+        const DEEPEST: usize = 8;
         const LAYOUT: Layout = Layout::new::<[u64; 20]>();
         extern "C" fn handle(_: std::ffi::c_int) {
+            DEPTH.fetch_add(1, Ordering::Relaxed);
             // SAFETY: the size is not 0.
             let blocks = [(); 3].map(|()| unsafe { HEAPS.alloc(LAYOUT) });
             for block in blocks.into_iter().filter(|block| !block.is_null()) {
@@ -518,6 +522,7 @@ mod tests {
                 }
             }
             HANDLED.fetch_add(1, Ordering::Relaxed);
+            DEPTH.fetch_sub(1, Ordering::Relaxed);
         }
         let done = AtomicBool::new(false);
         // SAFETY: the handler uses heaps that are made for it, and this thread waits for the other one.
@@ -531,7 +536,9 @@ mod tests {
             std::thread::scope(|scope| {
                 scope.spawn(|| {
                     while !done.load(Ordering::Relaxed) {
-                        libc::pthread_kill(this, libc::SIGUSR1);
+                        if DEPTH.load(Ordering::Relaxed) < DEEPEST {
+                            libc::pthread_kill(this, libc::SIGUSR1);
+                        }
                         std::thread::yield_now();
                     }
                 });
