@@ -1,8 +1,9 @@
 //! Descriptors that a client does not notice.
 
+use core::mem::ManuallyDrop;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use rustix::fs::{MemfdFlags, Mode, SealFlags};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -10,7 +11,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// A descriptor of gmem's own in the client's process. A client that closes all descriptors it does not know, as daemons and
 /// jailers do, does not close this one: whoever stands in front of `close` asks [`next_hidden`].
 #[derive(Debug)]
-pub struct Hidden(OwnedFd);
+pub struct Hidden(ManuallyDrop<OwnedFd>);
 
 /// Numbers that are hidden, a bit each. [`hidden_copy`] asks for none beyond.
 static NUMBERS: [AtomicU64; 1024] = [const { AtomicU64::new(0) }; 1024];
@@ -30,7 +31,7 @@ pub fn next_hidden(first: u32, last: u32) -> Option<u32> {
 impl Hidden {
     fn new(fd: OwnedFd) -> Self {
         mark(&fd, |word, bit| word.fetch_or(bit, Ordering::Relaxed));
-        Self(fd)
+        Self(ManuallyDrop::new(fd))
     }
 
     /// Makes it a descriptor of what `fd` is one of, for which no new number is needed.
@@ -51,7 +52,16 @@ impl AsFd for Hidden {
 impl Drop for Hidden {
     fn drop(&mut self) {
         mark(&self.0, |word, bit| word.fetch_and(!bit, Ordering::Relaxed));
+        // SAFETY: the value is not used any more.
+        close(unsafe { ManuallyDrop::take(&mut self.0) });
     }
+}
+
+/// Closes a descriptor by a system call of gmem's own: the standard library goes by libc's `close`, which a client's filter
+/// may forbid.
+fn close(fd: OwnedFd) {
+    // SAFETY: the descriptor was owned, and is not any more.
+    unsafe { rustix::io::close(fd.into_raw_fd()) };
 }
 
 fn mark(fd: &OwnedFd, change: impl FnOnce(&AtomicU64, u64) -> u64) {
@@ -66,9 +76,10 @@ fn mark(fd: &OwnedFd, change: impl FnOnce(&AtomicU64, u64) -> u64) {
 ///
 /// # Errors
 /// EMFILE if the process has no number left; the original is closed in any case.
-#[expect(clippy::needless_pass_by_value, reason = "the original must not stay open")]
 pub fn hide(fd: OwnedFd) -> Result<Hidden, Errno> {
-    hidden_copy(fd.as_fd())
+    let hidden = hidden_copy(fd.as_fd());
+    close(fd);
+    hidden
 }
 
 /// A second descriptor for `fd`, out of the way likewise.
