@@ -1,43 +1,17 @@
 //! gmem's own memory under `gmem run`: it asks neither libc nor the client for any. Each client is this test program itself, run
 //! again under gmem with the name of a part in the environment; it uses libc only and knows nothing of gmem.
 
-use std::ffi::{c_int, c_ulong};
-use std::process::Command;
+mod common;
 
-const PART: &str = "GMEM_TEST_PART";
-
-/// Whether there is a KVM to run anything with; says so if not.
-fn has_kvm() -> bool {
-    let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
-    if open.is_err() {
-        eprintln!("skipped: /dev/kvm is missing or cannot be opened");
-    }
-    open.is_ok()
-}
-
-/// Runs one of the parts below under gmem, or says what is missing.
-fn under_gmem(part: &str) {
-    if !has_kvm() {
-        return;
-    }
-    let own = std::env::current_exe().unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_gmem"))
-        .args(["run", "--emulate", "--profile", "linux-7.3", "--"])
-        .arg(own)
-        .args(["--exact", "client", "--nocapture"])
-        .env(PART, part)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{part}: {output:?}");
-}
+use common::under_gmem;
 
 #[test]
 fn client() {
-    match std::env::var(PART).as_deref() {
-        Ok("filter") => parts::filter_without_memory(),
-        Ok("handler") => parts::handler_in_malloc(),
-        Ok("mappings") => parts::no_mapping_is_left(),
-        Ok("fork") => parts::forks_amid_allocations(),
+    match common::part().as_str() {
+        "filter" => parts::filter_without_memory(),
+        "handler" => parts::handler_in_malloc(),
+        "mappings" => parts::no_mapping_is_left(),
+        "fork" => parts::forks_amid_allocations(),
         _ => {}
     }
 }
@@ -71,23 +45,11 @@ mod parts {
     use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
     use std::time::{Duration, Instant};
 
-    use super::{c_int, c_ulong};
+    use crate::common::{KVM_CREATE_GUEST_MEMFD, KVM_SET_MEMORY_ATTRIBUTES, ioctl, protected_vm, try_protected_vm};
+    use std::ffi::{c_int, c_ulong};
 
-    const KVM_CREATE_VM: c_ulong = 0xae01;
-    const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;
-    const KVM_SET_MEMORY_ATTRIBUTES: c_ulong = 0x4020_aed2;
     const PAGE: u64 = 4096;
     const PRIVATE: u64 = 8;
-
-    fn errno() -> i32 {
-        std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
-    }
-
-    fn ioctl(fd: c_int, request: c_ulong, arg: usize) -> Result<c_int, i32> {
-        // SAFETY: each argument is a number, or the address of a structure of the request's size.
-        let result = unsafe { libc::ioctl(fd, request, arg) };
-        if result < 0 { Err(errno()) } else { Ok(result) }
-    }
 
     fn create_file(vm: c_int, size: u64) -> Result<c_int, i32> {
         let claim = [size, 0, 0, 0, 0, 0, 0, 0];
@@ -97,23 +59,6 @@ mod parts {
     fn set_attributes(vm: c_int, start: u64, len: u64, attributes: u64) -> Result<c_int, i32> {
         let claim = [start, len, attributes, 0];
         ioctl(vm, KVM_SET_MEMORY_ATTRIBUTES, claim.as_ptr().addr())
-    }
-
-    fn try_protected_vm() -> Result<c_int, i32> {
-        // SAFETY: a constant path, and a descriptor of this function's.
-        unsafe {
-            let kvm = libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
-            if kvm < 0 {
-                return Err(errno());
-            }
-            let vm = ioctl(kvm, KVM_CREATE_VM, 1);
-            libc::close(kvm);
-            vm
-        }
-    }
-
-    fn protected_vm() -> c_int {
-        try_protected_vm().expect("a protected VM")
     }
 
     /// Makes every second page private and shared again, which takes a piece of gmem's memory for each.

@@ -2,37 +2,20 @@
 //! program itself, run again under gmem with the name of a part in the environment; it uses libc only and knows nothing of
 //! gmem.
 
-use std::ffi::{c_int, c_ulong};
-use std::process::Command;
+mod common;
 
-const PART: &str = "GMEM_TEST_PART";
-
-/// Runs one of the parts below under gmem, or says what is missing.
-fn under_gmem(part: &str) {
-    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
-        eprintln!("skipped: /dev/kvm is missing or cannot be opened");
-        return;
-    }
-    let output = Command::new(env!("CARGO_BIN_EXE_gmem"))
-        .args(["run", "--emulate", "--profile", "linux-7.3", "--"])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "client", "--nocapture"])
-        .env(PART, part)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{part}: {output:?}");
-}
+use common::under_gmem;
 
 #[test]
 fn client() {
-    match std::env::var(PART).as_deref() {
-        Ok("paths") => parts::paths(),
-        Ok("names") => parts::names(),
-        Ok("closing") => parts::closing(),
-        Ok("numbers") => parts::numbers(),
-        Ok("fortified") => parts::fortified(),
-        Ok("refusals") => parts::refusals(),
-        Ok("forks") => parts::forks(),
+    match common::part().as_str() {
+        "paths" => parts::paths(),
+        "names" => parts::names(),
+        "closing" => parts::closing(),
+        "numbers" => parts::numbers(),
+        "fortified" => parts::fortified(),
+        "refusals" => parts::refusals(),
+        "forks" => parts::forks(),
         _ => {}
     }
 }
@@ -73,13 +56,10 @@ fn a_child_has_its_own_memory_however_it_was_made() {
 }
 
 mod parts {
-    use super::{c_int, c_ulong};
-    use std::ffi::{CStr, CString, c_char, c_long, c_void};
+    use crate::common::{KVM_CREATE_GUEST_MEMFD, KVM_SET_USER_MEMORY_REGION, ioctl, protected_vm};
+    use std::ffi::{CStr, CString, c_char, c_int, c_long, c_void};
     use std::ptr::{null, null_mut};
 
-    const KVM_CREATE_VM: c_ulong = 0xae01;
-    const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;
-    const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
     const SIZE: u64 = 0x20_0000;
     /// No page is there.
     const BAD: *const c_char = std::ptr::without_provenance(8);
@@ -110,22 +90,9 @@ mod parts {
         result(returned as i64)
     }
 
-    fn ioctl(fd: c_int, request: c_ulong, arg: usize) -> c_int {
-        // SAFETY: each argument is a number, or the address of a structure of the request's size.
-        let fd = unsafe { libc::ioctl(fd, request, arg) };
-        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-        fd
-    }
-
-    fn protected_vm() -> c_int {
-        // SAFETY: a constant path.
-        let kvm = unsafe { libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
-        ioctl(kvm, KVM_CREATE_VM, 1)
-    }
-
     fn file() -> c_int {
         let claim = [SIZE, 0, 0, 0, 0, 0, 0, 0];
-        ioctl(protected_vm(), KVM_CREATE_GUEST_MEMFD, claim.as_ptr().addr())
+        ioctl(protected_vm(), KVM_CREATE_GUEST_MEMFD, claim.as_ptr().addr()).expect("a file")
     }
 
     /// An ordinary file with four bytes in it.
@@ -432,7 +399,7 @@ mod parts {
         let ram = unsafe { libc::mmap(null_mut(), len, prot, flags, -1, 0) };
         assert_ne!(ram, libc::MAP_FAILED);
         let claim = [0, 0, SIZE, ram.addr() as u64];
-        ioctl(protected_vm(), KVM_SET_USER_MEMORY_REGION, claim.as_ptr().addr());
+        ioctl(protected_vm(), KVM_SET_USER_MEMORY_REGION, claim.as_ptr().addr()).expect("a slot");
         ram.cast()
     }
 

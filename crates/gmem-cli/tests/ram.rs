@@ -2,37 +2,20 @@
 //! client is this test program itself, run again under gmem with the name of a part in the environment; it uses libc only and
 //! knows nothing of gmem. What it expects is what Linux does without gmem.
 
-use std::process::Command;
+mod common;
 
-const PART: &str = "GMEM_TEST_PART";
-
-/// Runs one of the parts below under gmem, or says what is missing.
-fn under_gmem(part: &str) {
-    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
-        eprintln!("skipped: /dev/kvm is missing or cannot be opened");
-        return;
-    }
-    let own = std::env::current_exe().unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_gmem"))
-        .args(["run", "--emulate", "--profile", "linux-7.3", "--"])
-        .arg(own)
-        .args(["--exact", "client", "--nocapture"])
-        .env(PART, part)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{part}: {output:?}");
-}
+use common::under_gmem;
 
 #[test]
 fn client() {
-    match std::env::var(PART).as_deref() {
-        Ok("files") => parts::private_files(),
-        Ok("protection") => parts::protected_pages(),
-        Ok("freed") => parts::freed_by_libc(),
-        Ok("advice") => parts::advice(),
-        Ok("shared") => parts::shared_huge_pages(),
-        Ok("remap") => parts::moves_and_resizes(),
-        Ok("flags") => parts::locked_and_kept_from_children(),
+    match common::part().as_str() {
+        "files" => parts::private_files(),
+        "protection" => parts::protected_pages(),
+        "freed" => parts::freed_by_libc(),
+        "advice" => parts::advice(),
+        "shared" => parts::shared_huge_pages(),
+        "remap" => parts::moves_and_resizes(),
+        "flags" => parts::locked_and_kept_from_children(),
         _ => {}
     }
 }
@@ -73,25 +56,14 @@ fn locked_memory_and_what_children_and_dumps_are_not_to_have_stay_that() {
 }
 
 mod parts {
-    use std::ffi::{c_int, c_ulong, c_void};
+    use crate::common::{KVM_SET_USER_MEMORY_REGION, protected_vm};
+    use std::ffi::{c_int, c_void};
 
-    const KVM_CREATE_VM: c_ulong = 0xae01;
-    const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
     const PAGE: usize = 4096;
     const SIZE: usize = 1 << 20;
     const FILLED: u8 = 0x5a;
     const READ_WRITE: c_int = libc::PROT_READ | libc::PROT_WRITE;
     const ANONYMOUS: c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-
-    fn protected_vm() -> c_int {
-        // SAFETY: a constant path, and a number as argument.
-        let vm = unsafe {
-            let kvm = libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
-            libc::ioctl(kvm, KVM_CREATE_VM, 1)
-        };
-        assert!(vm >= 0, "a protected VM");
-        vm
-    }
 
     /// Client memory. All accesses are checked against its length, as long as it is mapped.
     #[derive(Clone, Copy)]

@@ -1,57 +1,32 @@
 //! `gmem run` on clients that are hard on it. Each client is this test program itself, run again under gmem with the name of a
 //! part in the environment; it uses libc only and knows nothing of gmem.
 
-use std::ffi::{c_int, c_ulong};
+mod common;
+
+use common::{has_kvm, under_gmem};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-const PART: &str = "GMEM_TEST_PART";
-
 fn gmem() -> Command {
     Command::new(env!("CARGO_BIN_EXE_gmem"))
 }
 
-/// Whether there is a KVM to run anything with; says so if not.
-fn has_kvm() -> bool {
-    let open = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
-    if open.is_err() {
-        eprintln!("skipped: /dev/kvm is missing or cannot be opened");
-    }
-    open.is_ok()
-}
-
-/// Runs one of the parts below under gmem, or says what is missing.
-fn under_gmem(part: &str) {
-    if !has_kvm() {
-        return;
-    }
-    let own = std::env::current_exe().unwrap();
-    let output = gmem()
-        .args(["run", "--emulate", "--profile", "linux-7.3", "--"])
-        .arg(own)
-        .args(["--exact", "client", "--nocapture"])
-        .env(PART, part)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{part}: {output:?}");
-}
-
 #[test]
 fn client() {
-    match std::env::var(PART).as_deref() {
-        Ok("descriptor") => parts::descriptor_has_no_content(),
-        Ok("seccomp") => parts::strict_filter(),
-        Ok("closing") => parts::closes_everything(),
-        Ok("fork") => {
+    match common::part().as_str() {
+        "descriptor" => parts::descriptor_has_no_content(),
+        "seccomp" => parts::strict_filter(),
+        "closing" => parts::closes_everything(),
+        "fork" => {
             parts::forks();
             parts::a_child_closes_its_parents_vm();
             parts::a_child_of_vfork_has_its_own_descriptors();
         }
-        Ok("pointers") => parts::bad_pointers(),
-        Ok("interrupt") => parts::a_long_call_ends_at_a_signal(),
-        Ok("limits") => parts::limits_leave_nothing_behind(),
+        "pointers" => parts::bad_pointers(),
+        "interrupt" => parts::a_long_call_ends_at_a_signal(),
+        "limits" => parts::limits_leave_nothing_behind(),
         _ => {}
     }
 }
@@ -224,32 +199,15 @@ fn help_tells_the_exit_codes() {
 }
 
 mod parts {
-    use super::{c_int, c_ulong};
+    use crate::common::{
+        KVM_CREATE_GUEST_MEMFD, KVM_SET_MEMORY_ATTRIBUTES, KVM_SET_USER_MEMORY_REGION, errno, ioctl, open_kvm,
+        protected_vm,
+    };
+    use std::ffi::{c_int, c_ulong};
 
-    const KVM_CREATE_VM: c_ulong = 0xae01;
-    const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;
-    const KVM_SET_MEMORY_ATTRIBUTES: c_ulong = 0x4020_aed2;
-    const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
     const KVM_CHECK_EXTENSION: c_ulong = 0xae03;
     const KVM_CAP_VM_TYPES: usize = 235;
     const SIZE: u64 = 0x20_0000;
-
-    fn errno() -> i32 {
-        std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
-    }
-
-    fn ioctl(fd: c_int, request: c_ulong, arg: usize) -> Result<c_int, i32> {
-        // SAFETY: each argument is a number, or the address of a structure of the request's size, or meant to be bad.
-        let result = unsafe { libc::ioctl(fd, request, arg) };
-        if result < 0 { Err(errno()) } else { Ok(result) }
-    }
-
-    fn open_kvm() -> c_int {
-        // SAFETY: a constant path.
-        let fd = unsafe { libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
-        assert!(fd >= 0);
-        fd
-    }
 
     fn create_file(vm: c_int) -> Result<c_int, i32> {
         let claim = [SIZE, 0, 0, 0, 0, 0, 0, 0];
@@ -259,14 +217,6 @@ mod parts {
     fn set_private(vm: c_int) -> Result<c_int, i32> {
         let claim = [0u64, SIZE, 8, 0];
         ioctl(vm, KVM_SET_MEMORY_ATTRIBUTES, claim.as_ptr().addr())
-    }
-
-    fn protected_vm() -> c_int {
-        let kvm = open_kvm();
-        let vm = ioctl(kvm, KVM_CREATE_VM, 1).expect("a protected VM");
-        // SAFETY: a descriptor of this function's.
-        unsafe { libc::close(kvm) };
-        vm
     }
 
     pub(super) fn descriptor_has_no_content() {
@@ -369,7 +319,7 @@ mod parts {
         let child = std::process::Command::new("/bin/sh").args(["-c", script]).output().expect("a child");
         assert!(child.status.success(), "{child:?}");
         assert!(child.stderr.is_empty(), "the dynamic linker complains: {child:?}");
-        assert_ne!(ioctl(open_kvm(), KVM_CHECK_EXTENSION, KVM_CAP_VM_TYPES).expect("an answer") & 2, 0);
+        assert_ne!(ioctl(open_kvm().expect("a KVM"), KVM_CHECK_EXTENSION, KVM_CAP_VM_TYPES).expect("an answer") & 2, 0);
     }
 
     /// Private guest RAM with a 1 in its first byte, and everything else that is mapped, in a slot without a file.
