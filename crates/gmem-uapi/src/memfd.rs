@@ -93,8 +93,6 @@ impl FileObject {
             FileCall::CopyRange { same_kind, flags, .. } if same_kind || flags != 0 => Err(Errno::INVAL),
             // Another file system.
             FileCall::CopyRange { .. } => Err(Errno::XDEV),
-            // A child of fork has the descriptor and not what it needs to change the file.
-            FileCall::Fallocate { .. } if self.vm.check_owner().is_err() => Err(Errno::IO),
             FileCall::Fallocate { mode, offset, len } => self.fallocate(mode, offset, len, signals).map(|()| 0),
         }
     }
@@ -132,7 +130,6 @@ impl FileObject {
         if map.flags & MAP_TYPE == MAP_PRIVATE {
             return Err(Errno::INVAL);
         }
-        self.vm.check_owner()?;
         let state = self.vm.read();
         let kind = state.core.file(self.id).map_or(Side::Private, gmem_core::file::File::kind);
         match kind {
