@@ -273,11 +273,7 @@ impl VmObject {
     /// `fallocate` that allocates: in pieces, between which a signal ends it and a vCPU's fault is served.
     pub(crate) fn allocate(&self, id: FileId, offset: u64, len: u64, signals: &SignalsBlocked) -> Result<(), Errno> {
         const PIECE: u64 = 16 << 20;
-        let file_check = |offset, len| {
-            let state = self.read();
-            state.core.file(id).ok_or(Errno::BADF)?.check_allocate(offset, len).map_err(errno::allocate)
-        };
-        file_check(offset, len)?;
+        self.read().core.file(id).ok_or(Errno::BADF)?.check_allocate(offset, len).map_err(errno::allocate)?;
         let mut done = 0;
         while done < len {
             if signals.is_interrupted() {
