@@ -1,7 +1,7 @@
 //! The node that has a bit for each page.
 
 use super::arc::Arc;
-use super::node::{Census, Node, Span, TooPlain, Values, index};
+use super::node::{Census, Node, Span, Values, index};
 use alloc::boxed::Box;
 use core::sync::atomic::{
     AtomicU64,
@@ -122,7 +122,7 @@ impl<const WORDS: usize> Node for Bitmap<WORDS> {
         (self.word(page >> WORD_SHIFT).load(Acquire) >> (page & 63)) & 1 != 0
     }
 
-    fn set(&self, span: Span, value: bool) -> Result<(), TooPlain> {
+    fn set(&self, span: Span, value: bool) -> Result<(), Box<Self>> {
         for (at, old, mask) in self.parts(span) {
             self.put(at, old, if value { old | mask } else { old & !mask });
         }
@@ -130,7 +130,7 @@ impl<const WORDS: usize> Node for Bitmap<WORDS> {
     }
 
     #[inline]
-    fn set_page(&self, page: u64, value: bool) -> Result<bool, TooPlain> {
+    fn set_page(&self, page: u64, value: bool) -> Result<bool, Box<Self>> {
         let (at, bit) = (page >> WORD_SHIFT, page & 63);
         let old = self.word(at).load(Relaxed);
         // Without a branch on the value: who sets pages to what they were not makes it depend on memory that is on its way,

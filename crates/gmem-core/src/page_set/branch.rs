@@ -1,25 +1,23 @@
 //! The inner node of the tree, and the order in which a writer changes it.
 
-use super::node::{Census, Node, Span, Tag, TooPlain, Values, index};
+use super::node::{Census, Node, Span, Values, index};
+use alloc::boxed::Box;
 use core::sync::atomic::{
     AtomicU8,
     Ordering::{Acquire, Relaxed, Release},
 };
 use once_cell::race::OnceBox;
 
-/// `FAN_OUT` children, each of which exists once it has been mixed, and in the dense form once its plain form could not say
-/// what its pages are.
+/// `FAN_OUT` children, each of which exists once it has been mixed, and in the dense form too once its plain form could
+/// not say what its pages are.
 ///
-/// A child's tag says which form is *attached*, if any; what a detached one holds means nothing. When the writer is done,
-/// a tag is mixed exactly if both values occur in the child.
+/// A plain child is *attached* while its tag is mixed, and what a detached one holds means nothing. The dense form of a child
+/// takes its place for ever, and always says what its pages are, whatever the tag: so a look-up, which is what there is most
+/// of, need not ask the tag first. Where pages lie without order a look-up waits for memory, and costs what keeps the
+/// processor from beginning the next ones meanwhile, above all its branches.
 ///
-/// The dense form stays attached until the child becomes uniform, and after that too if it did so page by page; it is not
-/// given up as soon as the plain form would do, which will often not be for long.
-///
-/// Tags are bytes, although three bits would do: single pages are what a guest converts most, and where they lie without
-/// order, their cost is the number of instructions that the processor can look ahead while it waits for memory. For the
-/// same reason the tag says the form, and not the child itself, which would have to be looked at first. A range operation
-/// passes over all tags of its range instead, 1024 of them for 1 TiB.
+/// When the writer is done, a tag is mixed exactly if both values occur in the child. Tags are bytes, although two bits would do,
+/// for the same reason. A range operation passes over all tags of its range instead, 1024 of them for 1 TiB.
 pub(super) struct Branch<N: Node, const FAN_OUT: usize> {
     tags: [AtomicU8; FAN_OUT],
     census: Census,
@@ -51,98 +49,105 @@ impl<N: Node, const FAN_OUT: usize> Branch<N, FAN_OUT> {
     }
 
     #[inline]
-    fn tag(&self, child: u64) -> Tag {
+    fn tag(&self, child: u64) -> Values {
         // Acquire: see `put_tag`.
-        Tag::from_bits(self.tags[index(child, FAN_OUT)].load(Acquire))
+        Values::from_bits(self.tags[index(child, FAN_OUT)].load(Acquire))
     }
 
-    fn put_tag(&self, child: u64, tag: Tag) {
+    fn put_tag(&self, child: u64, tag: Values) {
         let place = &self.tags[index(child, FAN_OUT)];
-        let old = Tag::from_bits(place.load(Relaxed));
+        let old = Values::from_bits(place.load(Relaxed));
         if old != tag {
             // Release, for `tag`: a reader that sees a child attached sees what it was reset to.
             place.store(tag.bits(), Release);
-            self.census.replace(old.values(), tag.values());
+            self.census.replace(old, tag);
         }
     }
 
     /// The tags of the children from `first` to `last`, if there are any, with the children's numbers.
-    fn tags(&self, first: u64, last: u64) -> impl Iterator<Item = (u64, Tag)> {
+    fn tags(&self, first: u64, last: u64) -> impl Iterator<Item = (u64, Values)> {
         (first..=last).map(|child| (child, self.tag(child)))
     }
 
-    /// The child if it is attached.
+    /// The child in the form that says where it has which value, if it has both.
     #[inline]
-    pub(super) fn attached(&self, child: u64, tag: Tag) -> Option<Attached<'_, N>> {
+    pub(super) fn attached(&self, child: u64, tag: Values) -> Option<Attached<'_, N>> {
+        if tag != Values::MIXED {
+            return None;
+        }
         let place = index(child, FAN_OUT);
-        match tag {
-            Tag::DENSE => self.dense[place].get().map(Attached::Dense),
-            Tag::MIXED => self.children[place].get().map(Attached::Plain),
-            _ => None,
+        match self.dense[place].get() {
+            Some(dense) => Some(Attached::Dense(dense)),
+            None => self.children[place].get().map(Attached::Plain),
         }
     }
 
-    /// Attaches a detached child whose pages have `value`.
+    /// Attaches a child whose pages have `value`.
     fn attach(&self, child: u64, value: bool) -> Attached<'_, N> {
         let place = index(child, FAN_OUT);
-        // What became uniform page by page is going to be what it was.
-        if let Some(dense) = self.dense[place].get().filter(|dense| dense.whole() == Values::only(value)) {
-            self.put_tag(child, Tag::DENSE);
-            return Attached::Dense(dense);
-        }
-        let node = self.children[place].get_or_init(|| N::boxed(value));
-        node.reset(value);
-        self.put_tag(child, Tag::MIXED);
-        Attached::Plain(node)
-    }
-
-    /// Attaches the dense form of a child whose plain form is attached.
-    #[cold]
-    fn make_dense(&self, child: u64, plain: &N) -> &N::Dense {
-        let dense = self.dense[index(child, FAN_OUT)].get_or_init(|| N::Dense::boxed(false));
-        // Each word at once, not by way of an empty node: readers may be inside.
-        plain.copy_to(dense);
-        self.put_tag(child, Tag::DENSE);
-        dense
+        let attached = match self.dense[place].get() {
+            Some(dense) => Attached::Dense(dense),
+            None => {
+                let node = self.children[place].get_or_init(|| N::boxed(value));
+                node.reset(value);
+                Attached::Plain(node)
+            }
+        };
+        self.put_tag(child, Values::MIXED);
+        attached
     }
 
     /// What follows from a change of a child's pages.
-    fn changed(&self, child: u64, form: Tag, node: &impl Node) {
-        self.put_tag(child, Tag::of(node.whole(), form));
+    fn changed(&self, child: u64, node: &impl Node) {
+        self.put_tag(child, node.whole());
+    }
+
+    /// Gives all pages of a child `value`.
+    fn set_whole(&self, child: u64, value: bool) {
+        let tag = self.tag(child);
+        if tag == Values::only(value) {
+            return;
+        }
+        if let Some(dense) = self.dense[index(child, FAN_OUT)].get() {
+            // Before the first page changes: a tag that is not mixed must be true.
+            self.put_tag(child, Values::MIXED);
+            dense.reset(value);
+        }
+        self.put_tag(child, Values::only(value));
     }
 
     fn set_part(&self, child: u64, span: Span, value: bool) {
         let part = span.part(child, N::SHIFT);
         let tag = self.tag(child);
-        if tag == Tag::only(value) {
-            return;
-        }
         if part.is_whole(N::SHIFT) {
-            return self.put_tag(child, Tag::only(value));
+            return self.set_whole(child, value);
+        }
+        if tag == Values::only(value) {
+            return;
         }
         let dense = match self.attached(child, tag).unwrap_or_else(|| self.attach(child, !value)) {
             Attached::Plain(node) => match node.set(part, value) {
-                Ok(()) => return self.changed(child, Tag::MIXED, node),
-                Err(TooPlain) => self.make_dense(child, node),
+                Ok(()) => return self.changed(child, node),
+                Err(dense) => self.dense[index(child, FAN_OUT)].get_or_init(|| dense),
             },
             Attached::Dense(node) => node,
         };
         // The dense form can say everything.
         let _ = dense.set(part, value);
-        self.changed(child, Tag::DENSE, dense);
+        self.changed(child, dense);
     }
 
     fn values_in_part(&self, child: u64, span: Span) -> Values {
         let (tag, part) = (self.tag(child), span.part(child, N::SHIFT));
         match self.attached(child, tag) {
             Some(attached) if !part.is_whole(N::SHIFT) => in_form!(attached, node => node.values(part)),
-            _ => tag.values(),
+            _ => tag,
         }
     }
 
     /// What occurs in the children from `first` to `last`; nothing if there are none.
     fn values_of_children(&self, first: u64, last: u64) -> Values {
-        self.tags(first, last).fold(Values::NONE, |found, (_, tag)| found.with(tag.values()))
+        self.tags(first, last).fold(Values::NONE, |found, (_, tag)| found.with(tag))
     }
 }
 
@@ -152,7 +157,7 @@ impl<N: Node, const FAN_OUT: usize> Node for Branch<N, FAN_OUT> {
 
     fn uniform(value: bool) -> Self {
         Self {
-            tags: core::array::from_fn(|_| AtomicU8::new(Tag::only(value).bits())),
+            tags: core::array::from_fn(|_| AtomicU8::new(Values::only(value).bits())),
             census: Census::of(FAN_OUT as u64, Values::only(value)),
             children: [const { OnceBox::new() }; FAN_OUT],
             dense: [const { OnceBox::new() }; FAN_OUT],
@@ -161,7 +166,8 @@ impl<N: Node, const FAN_OUT: usize> Node for Branch<N, FAN_OUT> {
 
     fn reset(&self, value: bool) {
         if self.whole() != Values::only(value) {
-            self.tags.iter().for_each(|place| place.store(Tag::only(value).bits(), Release));
+            self.dense.iter().filter_map(OnceBox::get).for_each(|dense| dense.reset(value));
+            self.tags.iter().for_each(|place| place.store(Values::only(value).bits(), Release));
             self.census.set(FAN_OUT as u64, Values::only(value));
         }
     }
@@ -174,39 +180,44 @@ impl<N: Node, const FAN_OUT: usize> Node for Branch<N, FAN_OUT> {
     #[inline]
     fn get(&self, page: u64) -> bool {
         let child = Self::child_of(page);
+        if let Some(dense) = self.dense[index(child, FAN_OUT)].get() {
+            return dense.get(page);
+        }
         let tag = self.tag(child);
         match self.attached(child, tag) {
             Some(attached) => in_form!(attached, node => node.get(page)),
-            None => tag.values().has(true),
+            None => tag.has(true),
         }
     }
 
-    fn set(&self, span: Span, value: bool) -> Result<(), TooPlain> {
+    fn set(&self, span: Span, value: bool) -> Result<(), Box<Self>> {
         let (first, last) = span.children(N::SHIFT);
         self.set_part(first, span, value);
         if first < last {
-            (first + 1..last).for_each(|child| self.put_tag(child, Tag::only(value)));
+            (first + 1..last).for_each(|child| self.set_whole(child, value));
             self.set_part(last, span, value);
         }
         Ok(())
     }
 
     #[inline]
-    fn set_page(&self, page: u64, value: bool) -> Result<bool, TooPlain> {
+    fn set_page(&self, page: u64, value: bool) -> Result<bool, Box<Self>> {
         let child = Self::child_of(page);
-        let tag = self.tag(child);
-        let alone = |page| Span::page(page & ((1 << Self::SHIFT) - 1));
-        match self.attached(child, tag) {
+        let alone = || Span::page(page & ((1 << Self::SHIFT) - 1));
+        match self.attached(child, self.tag(child)) {
             Some(Attached::Dense(node)) => match node.set_page(page, value) {
                 Ok(false) => return Ok(false),
-                Ok(true) | Err(TooPlain) => self.changed(child, Tag::DENSE, node),
+                _ => self.changed(child, node),
             },
             Some(Attached::Plain(node)) => match node.set_page(page, value) {
                 Ok(false) => return Ok(false),
-                Ok(true) => self.changed(child, Tag::MIXED, node),
-                Err(TooPlain) => self.set_part(child, alone(page), value),
+                Ok(true) => self.changed(child, node),
+                Err(dense) => {
+                    let _ = self.dense[index(child, FAN_OUT)].get_or_init(|| dense);
+                    self.set_part(child, alone(), value);
+                }
             },
-            None => self.set_part(child, alone(page), value),
+            None => self.set_part(child, alone(), value),
         }
         Ok(self.whole() != Values::MIXED)
     }
@@ -227,7 +238,7 @@ impl<N: Node, const FAN_OUT: usize> Node for Branch<N, FAN_OUT> {
 
     fn find(&self, span: Span, value: bool) -> Option<u64> {
         let (first, last) = span.children(N::SHIFT);
-        self.tags(first, last).filter(|(_, tag)| tag.values().has(value)).find_map(|(child, tag)| {
+        self.tags(first, last).filter(|(_, tag)| tag.has(value)).find_map(|(child, tag)| {
             let part = span.part(child, N::SHIFT);
             let found = |attached: Attached<'_, N>| in_form!(attached, node => node.find(part, value));
             let page = self.attached(child, tag).map_or(Some(part.first), found)?;
@@ -237,11 +248,11 @@ impl<N: Node, const FAN_OUT: usize> Node for Branch<N, FAN_OUT> {
 
     fn count(&self, span: Span) -> u64 {
         let (first, last) = span.children(N::SHIFT);
-        let in_child = |(child, tag): (u64, Tag)| {
+        let in_child = |(child, tag): (u64, Values)| {
             let part = span.part(child, N::SHIFT);
             match self.attached(child, tag) {
                 Some(attached) => in_form!(attached, node => node.count(part)),
-                None if tag.values().has(true) => part.len(),
+                None if tag.has(true) => part.len(),
                 None => 0,
             }
         };

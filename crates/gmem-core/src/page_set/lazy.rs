@@ -1,6 +1,7 @@
 //! A root that allocates nothing until its pages differ.
 
-use super::node::{Node, Span, TooPlain, Values};
+use super::node::{Node, Span, Values};
+use alloc::boxed::Box;
 use core::sync::atomic::{
     AtomicBool,
     Ordering::{Acquire, Release},
@@ -17,6 +18,11 @@ pub(super) struct Lazy<N> {
 }
 
 impl<N: Node> Lazy<N> {
+    #[inline]
+    pub(super) fn node(&self) -> Option<&N> {
+        self.node.get()
+    }
+
     /// The node, unless there is none and all pages have `value`.
     fn node_for(&self, value: bool) -> Option<&N> {
         match self.node.get() {
@@ -33,7 +39,7 @@ impl<N: Node> Lazy<N> {
 
 impl<N: Node> Node for Lazy<N> {
     const SHIFT: u32 = N::SHIFT;
-    type Dense = Self;
+    type Dense = N::Dense;
 
     fn uniform(value: bool) -> Self {
         Self { value: AtomicBool::new(value), node: OnceBox::new() }
@@ -58,7 +64,7 @@ impl<N: Node> Node for Lazy<N> {
         }
     }
 
-    fn set(&self, span: Span, value: bool) -> Result<(), TooPlain> {
+    fn set(&self, span: Span, value: bool) -> Result<(), Box<N::Dense>> {
         if span.is_whole(Self::SHIFT) {
             self.reset(value);
             return Ok(());
@@ -67,7 +73,7 @@ impl<N: Node> Node for Lazy<N> {
     }
 
     #[inline]
-    fn set_page(&self, page: u64, value: bool) -> Result<bool, TooPlain> {
+    fn set_page(&self, page: u64, value: bool) -> Result<bool, Box<N::Dense>> {
         self.node_for(value).map_or(Ok(false), |node| node.set_page(page, value))
     }
 

@@ -2,7 +2,8 @@
 
 use super::arc::{Arc, BLOCK_SHIFT};
 use super::bitmap::Bitmap;
-use super::node::{Census, Node, Span, TooPlain, Values, index};
+use super::node::{Census, Node, Span, Values, index};
+use alloc::boxed::Box;
 use core::sync::atomic::{
     AtomicU32,
     Ordering::{Acquire, Release},
@@ -10,6 +11,9 @@ use core::sync::atomic::{
 
 /// Blocks of a leaf.
 const BLOCKS: usize = 512;
+
+/// What takes the place of a leaf with a block whose pages are not one run.
+type Dense = Bitmap<4096>;
 
 /// 512 blocks of 2 MiB, in each of which the pages in the set are one run.
 ///
@@ -44,17 +48,24 @@ impl Leaf {
 
     /// Gives a part of a block `value`, if the block then still is a run.
     #[inline]
-    fn set_part(&self, block: u64, part: Span, value: bool) -> Result<(), TooPlain> {
+    fn set_part(&self, block: u64, part: Span, value: bool) -> Result<(), Box<Dense>> {
         let old = self.block(block);
-        let new = old.set(part, value).ok_or(TooPlain)?;
+        let new = old.set(part, value).ok_or_else(|| self.to_dense())?;
         self.put(block, old, new);
         Ok(())
+    }
+
+    #[cold]
+    fn to_dense(&self) -> Box<Dense> {
+        let bitmap = Dense::boxed(false);
+        (0..BLOCKS as u64).for_each(|block| bitmap.put_block(block, self.block(block)));
+        bitmap
     }
 }
 
 impl Node for Leaf {
     const SHIFT: u32 = BLOCK_SHIFT + BLOCKS.trailing_zeros();
-    type Dense = Bitmap<4096>;
+    type Dense = Dense;
 
     fn uniform(value: bool) -> Self {
         Self {
@@ -75,21 +86,17 @@ impl Node for Leaf {
         self.census.values()
     }
 
-    fn copy_to(&self, bitmap: &Bitmap<4096>) {
-        (0..BLOCKS as u64).for_each(|block| bitmap.put_block(block, self.block(block)));
-    }
-
     #[inline]
     fn get(&self, page: u64) -> bool {
         self.block(page >> BLOCK_SHIFT).get(page)
     }
 
-    fn set(&self, span: Span, value: bool) -> Result<(), TooPlain> {
+    fn set(&self, span: Span, value: bool) -> Result<(), Box<Dense>> {
         parts(span).try_for_each(|(block, part)| self.set_part(block, part, value))
     }
 
     #[inline]
-    fn set_page(&self, page: u64, value: bool) -> Result<bool, TooPlain> {
+    fn set_page(&self, page: u64, value: bool) -> Result<bool, Box<Dense>> {
         self.set_part(page >> BLOCK_SHIFT, Span::page(page & ((1 << BLOCK_SHIFT) - 1)), value)?;
         Ok(self.whole() != Values::MIXED)
     }

@@ -5,10 +5,10 @@
 //!
 //! A tree of *branches*, whose children have a byte each that says whether their pages are all alike, over *leaves* of 1 GiB. A
 //! leaf has one word of state for each 2 MiB block as long as that word can say what the block's pages are: those in the set
-//! are one run (one odd page, the edge of a range, all, none). Otherwise it takes its dense form, a bitmap. So the size of the
-//! set costs nothing, a range operation costs what its two edges cost and a byte for each 1 GiB between them, and the state of a
-//! set with some odd pages in every block of 1 TiB still fits into a processor's caches. Where it does not, a query waits
-//! for memory once.
+//! are one run (one odd page, the edge of a range, all, none). Otherwise a bitmap takes its place, for as long as the set
+//! lives. So the size of the set costs nothing, a range operation costs what its two edges cost and a byte for each 1 GiB between
+//! them (32 KiB where there is a mixed bitmap), and the state of a set with some odd pages in every block of 1 TiB still
+//! fits into a processor's caches. Where it does not, a query waits for memory once.
 //!
 //! | node | memory covered | bytes |
 //! |---|---|---|
@@ -40,17 +40,18 @@
 //! keep their value all the time. The truth at a moment is what a descent would find if nothing moved meanwhile. The
 //! argument, for a reader that descends from the root:
 //!
-//! 1. A node's tag for a child (uniform with a value, or mixed and in which form) is read by one load, and so are the state of
-//!    a block and a page in a bitmap. While the node is attached, that is reachable by tags that name it only, what this
-//!    load sees is true at that moment.
-//! 2. A node that the reader is in may be detached by the writer: an ancestor's tag becomes uniform, or a leaf takes its
-//!    dense form. Until it is attached again it keeps the contents that it had at that moment, which lies after the reader
-//!    passed the tag and thus during the call. So what the reader sees there was true then.
-//! 3. Before a detached node is attached again it is reset to what the tag above it says, and a bitmap to what the blocks
-//!    say, each word by one store. A reader that is still inside sees the old contents (2), or the new ones, which are what
-//!    the tag or the blocks say and hence true. Only then is it attached, and only then does a page change.
-//! 4. A child becomes uniform by single pages only after the last page has changed, so its tag then tells no more than
-//!    what is true already. A range that covers a child whole needs only the tag: that store is the moment of change.
+//! 1. A node's tag for a child (uniform with a value, or mixed) is read by one load, and so are the state of a block and a page
+//!    in a bitmap. While the node is attached, that is reachable by tags that name it only, what this load sees is true at that
+//!    moment. A bitmap is attached whatever its own tag says, and is complete when it is first seen.
+//! 2. A node that the reader is in may be detached by the writer: an ancestor's tag becomes uniform, or a bitmap takes a
+//!    leaf's place. Until it is attached again, a leaf in the second case for ever, it keeps the contents that it had at that
+//!    moment, which lies after the reader passed the tag and thus during the call. So what the reader sees there was true
+//!    then.
+//! 3. Before a detached node is attached again it is reset to what the tag above it says, each word by one store. A reader
+//!    that is still inside sees the old contents (2), or the new ones, which are what the tag says and hence true. Only then
+//!    is it attached, and only then does a page change.
+//! 4. A tag that is not mixed is true: it becomes so after the last page has changed, and is mixed before the first one does. A
+//!    range that covers a leaf whole needs only the tag: that store is the moment of change.
 //!
 //! In terms of the memory model: every store of a tag, state or word is a Release and every load by a reader an Acquire, so
 //! that having seen one change implies seeing all that the writer did before it (in 3: the reset before the mixed
@@ -97,20 +98,24 @@ enum Root {
     Pages12(Lazy<Pages12>),
     Pages18(Pages18),
     Pages24(Lazy<Pages24>),
-    Pages29(Lazy<Pages29>),
+    /// [`PageSet::large`].
+    Pages29,
     Pages40(Lazy<Pages40>),
     Pages52(Lazy<Pages52>),
 }
 
-/// Evaluates the same expression for whatever depth the root has.
+/// Evaluates the same expression for the root of a set, whatever depth it has.
 macro_rules! at_root {
-    ($root:expr, $node:ident => $body:expr) => {
-        match $root {
+    ($set:expr, $node:ident => $body:expr) => {
+        match &$set.root {
             Root::Pages6($node) => $body,
             Root::Pages12($node) => $body,
             Root::Pages18($node) => $body,
             Root::Pages24($node) => $body,
-            Root::Pages29($node) => $body,
+            Root::Pages29 => {
+                let $node = &$set.large;
+                $body
+            }
             Root::Pages40($node) => $body,
             Root::Pages52($node) => $body,
         }
@@ -124,15 +129,10 @@ impl Root {
             7..=12 => Self::Pages12(Node::uniform(initial)),
             13..=18 => Self::Pages18(Node::uniform(initial)),
             19..=24 => Self::Pages24(Node::uniform(initial)),
-            25..=29 => Self::Pages29(Node::uniform(initial)),
+            25..=29 => Self::Pages29,
             30..=40 => Self::Pages40(Node::uniform(initial)),
             _ => Self::Pages52(Node::uniform(initial)),
         }
-    }
-
-    #[inline(never)]
-    fn get(&self, page: u64) -> bool {
-        at_root!(self, node => node.get(page))
     }
 }
 
@@ -155,6 +155,9 @@ pub struct PageSet {
     pages: u64,
     initial: bool,
     root: Root,
+    /// The root of a set of more than 64 GiB and up to 2 TiB. It lies here and not in [`Root`], so that one test says both that
+    /// there is such a root and that it has a node.
+    large: Lazy<Pages29>,
 }
 
 impl PageSet {
@@ -164,7 +167,7 @@ impl PageSet {
     #[must_use]
     pub fn with_capacity(pages: u64, initial: bool) -> Self {
         let pages = pages.min(MAX_PAGES);
-        Self { pages, initial, root: Root::new(pages, initial) }
+        Self { pages, initial, root: Root::new(pages, initial), large: Node::uniform(initial) }
     }
 
     /// Number of pages that can be changed, those from 0.
@@ -180,13 +183,18 @@ impl PageSet {
         if page >= self.pages {
             return self.initial;
         }
-        // The depths of large memory without a call and a jump: while many look-ups wait for memory, an instruction less in
-        // each is room to begin another one.
-        match &self.root {
-            Root::Pages29(node) => node.get(page),
-            Root::Pages40(node) => node.get(page),
-            root => root.get(page),
+        // The depths of large memory without a call and a jump, and the most frequent one with a single branch: while many
+        // look-ups wait for memory, an instruction less in each is room to begin another one.
+        match (self.large.node(), &self.root) {
+            (Some(node), _) => node.get(page),
+            (None, Root::Pages40(node)) => node.get(page),
+            _ => self.get_elsewhere(page),
         }
+    }
+
+    #[inline(never)]
+    fn get_elsewhere(&self, page: u64) -> bool {
+        at_root!(self, node => node.get(page))
     }
 
     /// Puts `len` pages from `start` into the set (`value` true) or takes them out of it.
@@ -195,7 +203,7 @@ impl PageSet {
     pub fn set(&self, start: u64, len: u64, value: bool) {
         if len == 1 && start < self.pages.saturating_sub(1) {
             // Above the root there is no tag to correct.
-            let _ = at_root!(&self.root, node => node.set_page(start, value));
+            at_root!(self, node => drop(node.set_page(start, value)));
             return;
         }
         let Some(Span { first, last }) = self.inside(start, len) else { return };
@@ -203,7 +211,7 @@ impl PageSet {
         // capacity is uniform as a tree.
         let end = |last_of_tree| if last + 1 == self.pages { last_of_tree } else { last };
         // A root can say everything.
-        let _ = at_root!(&self.root, node => node.set(Span { first, last: end(last_of(node)) }, value));
+        at_root!(self, node => drop(node.set(Span { first, last: end(last_of(node)) }, value)));
     }
 
     /// The value that all of `len` pages from `start` have; `None` if they differ or `len` is 0.
@@ -225,7 +233,7 @@ impl PageSet {
     #[must_use]
     pub fn find(&self, start: u64, len: u64, value: bool) -> Option<u64> {
         let inside = self.inside(start, len);
-        inside.and_then(|span| at_root!(&self.root, node => node.find(span, value))).or_else(|| {
+        inside.and_then(|span| at_root!(self, node => node.find(span, value))).or_else(|| {
             let outside = self.outside(start, len)?;
             (value == self.initial).then_some(outside.first)
         })
@@ -255,7 +263,7 @@ impl PageSet {
     /// Unlike the other queries this one visits all that is mixed.
     #[must_use]
     pub fn count(&self, start: u64, len: u64) -> u64 {
-        let inside = self.inside(start, len).map_or(0, |span| at_root!(&self.root, node => node.count(span)));
+        let inside = self.inside(start, len).map_or(0, |span| at_root!(self, node => node.count(span)));
         match self.outside(start, len) {
             Some(span) if self.initial => inside + (span.last - span.first + 1),
             _ => inside,
@@ -265,7 +273,7 @@ impl PageSet {
     /// Bytes that the set has allocated, as requested from the allocator, spare nodes included.
     #[must_use]
     pub fn heap_bytes(&self) -> usize {
-        at_root!(&self.root, node => node.heap_bytes())
+        at_root!(self, node => node.heap_bytes())
     }
 
     /// Where the run of `value` ends that `page` belongs to. Does not look at `page` again: it may have changed.
@@ -278,8 +286,7 @@ impl PageSet {
         if len == 1 && start < self.pages {
             return Values::only(self.get(start));
         }
-        let inside =
-            self.inside(start, len).map_or(Values::NONE, |span| at_root!(&self.root, node => node.values(span)));
+        let inside = self.inside(start, len).map_or(Values::NONE, |span| at_root!(self, node => node.values(span)));
         match self.outside(start, len) {
             Some(_) => inside.with(Values::only(self.initial)),
             None => inside,
@@ -316,7 +323,7 @@ impl PageSet {
 impl Clone for PageSet {
     fn clone(&self) -> Self {
         if let Some(word) = self.word() {
-            return Self { root: Root::Pages6(Bitmap::of_word(word)), ..*self };
+            return Self { root: Root::Pages6(Bitmap::of_word(word)), large: Node::uniform(false), ..*self };
         }
         let copy = Self::with_capacity(self.pages, self.initial);
         self.all_runs().filter(|run| run.2 != self.initial).for_each(|(start, len, value)| copy.set(start, len, value));

@@ -16,6 +16,17 @@ impl Values {
         Self(1 << u8::from(value))
     }
 
+    /// From a byte, as [`bits`](Self::bits) returns them.
+    #[inline]
+    pub(super) const fn from_bits(bits: u8) -> Self {
+        Self(bits)
+    }
+
+    #[inline]
+    pub(super) const fn bits(self) -> u8 {
+        self.0
+    }
+
     pub(super) fn of(has_false: bool, has_true: bool) -> Self {
         Self(u8::from(has_false) | (u8::from(has_true) << 1))
     }
@@ -35,44 +46,6 @@ impl Values {
             2 => Some(true),
             _ => None,
         }
-    }
-}
-
-/// What a branch says of a child: the values that occur in it, and whether the denser of its forms says where. A child with
-/// both values is *mixed*.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Tag(u8);
-
-impl Tag {
-    const DENSE_BIT: u8 = 4;
-    pub(super) const MIXED: Self = Self(Values::MIXED.0);
-    pub(super) const DENSE: Self = Self(Values::MIXED.0 | Self::DENSE_BIT);
-
-    /// Of a child with `values`, which `mixed` says more of if there are two.
-    #[inline]
-    pub(super) fn of(values: Values, mixed: Self) -> Self {
-        if values == Values::MIXED { mixed } else { Self(values.0) }
-    }
-
-    #[inline]
-    pub(super) fn only(value: bool) -> Self {
-        Self(Values::only(value).0)
-    }
-
-    /// From a byte, as [`bits`](Self::bits) returns them.
-    #[inline]
-    pub(super) const fn from_bits(bits: u8) -> Self {
-        Self(bits)
-    }
-
-    #[inline]
-    pub(super) const fn bits(self) -> u8 {
-        self.0
-    }
-
-    #[inline]
-    pub(super) fn values(self) -> Values {
-        Values(self.0 & Values::MIXED.0)
     }
 }
 
@@ -121,10 +94,6 @@ pub(super) const fn index(number: u64, children: usize) -> usize {
     (number & 0xffff) as usize & (children - 1)
 }
 
-/// A node that cannot say what its pages would be: a *denser* one can.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct TooPlain;
-
 /// Part of the tree, of `1 << SHIFT` pages.
 pub(super) trait Node: Sized {
     const SHIFT: u32;
@@ -137,27 +106,26 @@ pub(super) trait Node: Sized {
     fn boxed(value: bool) -> Box<Self> {
         Box::new(Self::uniform(value))
     }
-    /// Gives all pages `value`, in constant time if they have it. For a node that is detached: the tag above it says
-    /// `value`.
+    /// Gives all pages `value`, in constant time if they have it. For a node that is detached, whose pages have `value` by the
+    /// tag above it, and for a bitmap.
     fn reset(&self, value: bool);
     /// Which values occur in the whole node, in constant time. For the writer, and for a node that no one changes.
     fn whole(&self) -> Values;
-    /// Makes a denser node, which is detached, what this one is, each word by one store.
-    fn copy_to(&self, _dense: &Self::Dense) {}
 
     /// The value of `page`, of which only the bits below `SHIFT` count.
     fn get(&self, page: u64) -> bool;
     /// Gives the pages of `span` `value`.
     ///
     /// # Errors
-    /// What some of them are cannot be said any more. Those have the value that they had, others may have the new one.
-    fn set(&self, span: Span, value: bool) -> Result<(), TooPlain>;
+    /// What some of them are cannot be said any more. Those have the value that they had, others may have the new one. Returns
+    /// the same pages in the denser form, which can say everything, and in which the change is to be made once more.
+    fn set(&self, span: Span, value: bool) -> Result<(), Box<Self::Dense>>;
     /// `set` for one page, given with any bits above `SHIFT`, in an attached node. Returns whether the node may have
     /// become uniform: mostly it has not, and nothing is left to do above.
     ///
     /// # Errors
     /// As [`Node::set`].
-    fn set_page(&self, page: u64, value: bool) -> Result<bool, TooPlain>;
+    fn set_page(&self, page: u64, value: bool) -> Result<bool, Box<Self::Dense>>;
     fn values(&self, span: Span) -> Values;
     /// The first page of `span` that has `value`.
     fn find(&self, span: Span, value: bool) -> Option<u64>;
