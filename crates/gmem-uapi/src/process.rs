@@ -21,7 +21,7 @@ use crate::memfd::{FileCall, FileObject, Map};
 use crate::native::Native;
 use crate::profile::Profile;
 use crate::vcpu::VcpuObject;
-use crate::vm::{Kind, VmObject, lock};
+use crate::vm::{self, HeldVm, Kind, VmObject, lock};
 
 /// Which kernel to be, and for which VM types.
 #[derive(Clone, Copy, Debug)]
@@ -97,6 +97,8 @@ pub struct ForkGuard<'a> {
     _vms: MutexGuard<'a, Vec<Weak<VmObject>>>,
     _fds: RwLockWriteGuard<'a, Vec<Option<Entry>>>,
     _client: MutexGuard<'a, ClientMemory>,
+    /// A child may go on to use its parent's files.
+    _states: Vec<HeldVm>,
     /// The last to go: a signal handler must not find the others.
     _signals: SignalsBlocked,
 }
@@ -345,10 +347,12 @@ impl Process {
     #[must_use]
     pub fn before_fork(&self) -> ForkGuard<'_> {
         let signals = SignalsBlocked::new();
+        let vms = lock(&self.vms);
         ForkGuard {
             _signals: signals,
             _mappings: lock(&self.mappings),
-            _vms: lock(&self.vms),
+            _states: vms.iter().filter_map(Weak::upgrade).map(vm::hold).collect(),
+            _vms: vms,
             _fds: self.fds.write().unwrap_or_else(PoisonError::into_inner),
             _client: lock(&self.client),
         }
@@ -359,7 +363,7 @@ impl Process {
         let _signals = SignalsBlocked::new();
         address_space::enter();
         lock(&self.client).make_private();
-        // No VM is the child's, and a thread that it does not have may hold the locks of one.
+        // No VM is the child's.
         lock(&self.vms).clear();
         self.vm_count.store(0, Ordering::Relaxed);
     }

@@ -1,7 +1,7 @@
 //! `KVM_RUN` and `KVM_PRE_FAULT_MEMORY` on a vCPU of an emulated VM.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use gmem_core::Vm;
 use gmem_core::addr::{Gfn, GfnRange, PAGE_SIZE};
@@ -57,16 +57,21 @@ impl<T> Rare<T> {
         self.exists.load(Ordering::Relaxed)
     }
 
-    fn set(&self, value: T) {
-        *lock(&self.value) = Some(value);
-        self.exists.store(true, Ordering::Relaxed);
+    /// For those who have blocked signals: a handler that comes to the same vCPU would wait for its own thread.
+    fn put(&self, value: Option<T>) {
+        self.change(lock(&self.value), value);
     }
 
-    fn clear(&self) {
-        if self.exists() {
-            *lock(&self.value) = None;
-            self.exists.store(false, Ordering::Relaxed);
+    /// For all others. Who interrupted another change makes none.
+    fn try_put(&self, value: Option<T>) {
+        if value.is_some() || self.exists() {
+            let _ = self.value.try_lock().map(|place| self.change(place, value));
         }
+    }
+
+    fn change(&self, mut place: MutexGuard<'_, Option<T>>, value: Option<T>) {
+        self.exists.store(value.is_some(), Ordering::Relaxed);
+        *place = value;
     }
 }
 
@@ -103,10 +108,11 @@ impl VcpuObject {
 
     /// `KVM_RUN`.
     pub(crate) fn run(&self) -> Result<i32, Errno> {
-        if self.pending.exists()
-            && let Some(result) = self.continue_pending()
-        {
-            return result;
+        if self.pending.exists() {
+            let _signals = SignalsBlocked::new();
+            if let Some(result) = self.continue_pending() {
+                return result;
+            }
         }
         let mut retries = 0;
         loop {
@@ -130,16 +136,16 @@ impl VcpuObject {
         if let Some(mmio) = run.mmio() {
             return self.after_mmio(value, &mmio);
         }
-        self.emulating.clear();
-        if run.is_emulation_failure() && self.has_private_memory() {
-            return self.after_failed_emulation(value);
-        }
-        Next::Return(Ok(value))
+        self.emulating.try_put(None);
+        if run.is_emulation_failure() { self.after_failed_emulation(value) } else { Next::Return(Ok(value)) }
     }
 
     /// A host that emulates cannot fetch an instruction that nothing backs. Any other failure is the client's.
     fn after_failed_emulation(&self, value: i32) -> Next {
         let _signals = SignalsBlocked::new();
+        if !self.vm.read().core.has_private_memory() {
+            return Next::Return(Ok(value));
+        }
         let mut forbidden = |gfn, kind| self.is_unreachable(gfn, kind);
         match vcpu::locate_failed_emulation(self.fd.as_fd(), self, &mut forbidden) {
             Ok(Some(access)) => self.end_access(access),
@@ -147,16 +153,18 @@ impl VcpuObject {
         }
     }
 
-    fn has_private_memory(&self) -> bool {
-        self.vm.read().core.has_private_memory()
-    }
-
     fn after_mmio(&self, value: i32, mmio: &Mmio) -> Next {
-        if self.is_device(mmio.access()) {
-            self.emulating.set(self.emulated(mmio));
+        // Devices mostly have no slot. That is seen without a lock, so that signals need not be blocked.
+        if !self.vm.has_slot(Gfn::of_gpa(mmio.gpa)) {
+            self.emulating.try_put(Some(self.emulated(mmio)));
             return Next::Return(Ok(value));
         }
-        self.emulating.clear();
+        let _signals = SignalsBlocked::new();
+        if self.is_device(mmio.access()) {
+            self.emulating.try_put(Some(self.emulated(mmio)));
+            return Next::Return(Ok(value));
+        }
+        self.emulating.try_put(None);
         let taken = if mmio.is_write { self.take_write() } else { self.take_read() };
         match taken {
             Err(error) => Next::Return(Err(error)),
@@ -214,7 +222,7 @@ impl VcpuObject {
 
     fn take_write(&self) -> Result<(), Errno> {
         let write = vcpu::collect_write(self.fd.as_fd(), self.run_area())?;
-        self.pending.set(write);
+        self.pending.put(Some(write));
         Ok(())
     }
 
@@ -225,7 +233,7 @@ impl VcpuObject {
         for _ in 0..MOST_RETRIES {
             let Some(access) = write.carry_out(|gpa, bytes| self.write_guest(gpa, bytes)) else {
                 drop(pending);
-                self.pending.clear();
+                self.pending.put(None);
                 return None;
             };
             let gfn = Gfn::of_gpa(access.gpa);
@@ -248,7 +256,7 @@ impl VcpuObject {
     pub(crate) fn forget_pending(&self) {
         if self.pending.exists() {
             let _signals = SignalsBlocked::new();
-            self.pending.clear();
+            self.pending.put(None);
         }
     }
 

@@ -10,9 +10,10 @@ use gmem_core::file::FileId;
 use gmem_core::ops::{
     self, Action, ChangeUserMapping, Claim, CloseFile, FileClaim, Operation, Pages, PunchHole, SetAttributes, SetRegion,
 };
+use gmem_core::page_set::PageSet;
 use gmem_core::slot::{Slot, SlotFlags, SlotId};
 use gmem_core::vendor::Side;
-use gmem_core::vm::{Rules, View};
+use gmem_core::vm::{self, Rules, View};
 use gmem_host::address_space::AddressSpace;
 use gmem_host::backing::Backing;
 use gmem_host::client::ClientMemory;
@@ -42,7 +43,27 @@ pub(crate) struct VmObject {
     /// Where it was made; ioctls from anywhere else are EIO.
     owner: AddressSpace,
     client: Arc<Mutex<ClientMemory>>,
+    /// Frames with a slot; changed with `state` held, read without a lock.
+    slot_frames: PageSet,
     state: RwLock<State>,
+}
+
+type Written<'a> = RwLockWriteGuard<'a, State>;
+
+self_cell::self_cell!(
+    /// A VM whose state nobody else reads or writes.
+    pub(crate) struct HeldVm {
+        owner: Arc<VmObject>,
+        #[covariant]
+        dependent: Written,
+    }
+
+    impl {Debug}
+);
+
+/// Waits until nobody is in the state of the VM, and keeps everybody out.
+pub(crate) fn hold(vm: Arc<VmObject>) -> HeldVm {
+    HeldVm::new(vm, |vm| vm.write())
 }
 
 /// What a new VM is to be.
@@ -207,6 +228,7 @@ impl VmObject {
             run_len,
             owner: AddressSpace::current()?,
             client,
+            slot_frames: PageSet::with_capacity(vm::MAX_FRAMES, false),
             state: RwLock::new(State {
                 core: Vm::new(arch, rules),
                 mmu: Mmu::default(),
@@ -228,6 +250,33 @@ impl VmObject {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether `gfn` has a slot. Takes no lock.
+    pub(crate) fn has_slot(&self, gfn: Gfn) -> bool {
+        self.slot_frames.get(gfn.0)
+    }
+
+    /// The slot `id` has the frames `gfns`. To be called before the guest can reach them: what it then leaves to be emulated
+    /// may be no device's.
+    fn add_slot_frames(&self, id: SlotId, gfns: GfnRange) {
+        if id.space == 0 {
+            self.slot_frames.set(gfns.start().0, gfns.len(), true);
+        }
+    }
+
+    /// The slot `id` has the frames `gfns` no longer, but those of `kept`.
+    fn remove_slot_frames(&self, id: SlotId, gfns: GfnRange, kept: Option<GfnRange>) {
+        let (before, after) = match kept {
+            Some(kept) => (
+                GfnRange::new(gfns.start(), gfns.end().min(kept.start())),
+                GfnRange::new(gfns.start().max(kept.end()), gfns.end()),
+            ),
+            None => (Some(gfns), None),
+        };
+        for gfns in before.into_iter().chain(after).filter(|_| id.space == 0) {
+            self.slot_frames.set(gfns.start().0, gfns.len(), false);
+        }
+    }
+
     /// The kernel's first check of every VM and vCPU ioctl.
     pub(crate) fn check_owner(&self) -> Result<(), Errno> {
         if AddressSpace::current()? == self.owner { Ok(()) } else { Err(Errno::IO) }
@@ -237,7 +286,7 @@ impl VmObject {
     pub(crate) fn expect_vcpu(&self) {
         let mut state = self.write();
         if !std::mem::replace(&mut state.has_vcpus, true)
-            && let Some(all) = GfnRange::new(Gfn(0), Gfn(gmem_core::vm::MAX_FRAMES))
+            && let Some(all) = GfnRange::new(Gfn(0), Gfn(vm::MAX_FRAMES))
         {
             self.update_guards(&mut state, all);
         }
@@ -359,10 +408,12 @@ impl VmObject {
         let uncovered = self.make_room(state, id, range);
         let (result, shown) = state.run(&mut SetRegion::new(claim));
         let result = result.map_err(|error| errno::region(self.profile, error)).and(shown);
+        self.add_slot_frames(id, range);
         let real = result.and_then(|()| kvm::set_region(self.fd(), &real_region(&claim, userspace_addr)));
         if let Err(error) = real {
             let _ = state.run(&mut SetRegion::new(Claim { memory_size: 0, ..claim }));
             state.mmu.windows.remove(&id);
+            self.remove_slot_frames(id, range, None);
             self.update_guards(state, uncovered);
             return Err(error);
         }
@@ -408,6 +459,7 @@ impl VmObject {
         let (result, _) = state.run(&mut SetRegion::new(claim));
         state.mmu.windows.remove(&id);
         if let Some(gfns) = gfns {
+            self.remove_slot_frames(id, gfns, None);
             self.update_guards(state, gfns);
         }
         result.map_err(|error| errno::region(self.profile, error)).map(|()| 0)
@@ -418,7 +470,9 @@ impl VmObject {
         let address = state.mmu.windows.get(&old.id).map_or(claim.userspace_addr, |window| window.base() as u64);
         let range = GfnRange::from_bytes(claim.guest_phys_addr, claim.memory_size).map_err(|_| Errno::INVAL)?;
         let uncovered = self.make_room(state, old.id, range).hull(old.gfns);
+        self.add_slot_frames(old.id, range);
         if let Err(error) = kvm::set_region(self.fd(), &real_region(&claim, address)) {
+            self.remove_slot_frames(old.id, range, Some(old.gfns));
             self.update_guards(state, uncovered);
             return Err(error);
         }
@@ -426,6 +480,7 @@ impl VmObject {
             window.move_to(Gfn::of_gpa(claim.guest_phys_addr))?;
         }
         let (result, shown) = state.run(&mut SetRegion::new(claim));
+        self.remove_slot_frames(old.id, old.gfns, Some(range));
         self.update_guards(state, uncovered);
         result.map_err(|error| errno::region(self.profile, error)).and(shown).map(|()| 0)
     }
