@@ -11,5 +11,6 @@ pub mod fds;
 pub mod kvm;
 pub mod maps;
 pub mod sys;
+pub mod table;
 pub mod vcpu;
 pub mod window;

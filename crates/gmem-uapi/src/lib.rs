@@ -8,7 +8,6 @@
 pub mod abi;
 mod capability;
 mod errno;
-mod fd_set;
 mod guard;
 mod memfd;
 pub mod native;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use gmem_core::file::FileFlags;
 use gmem_core::ops::{Claim, FileClaim};
@@ -10,13 +10,13 @@ use gmem_core::slot::SlotFlags;
 use gmem_host::client::{Carried, ClientMemory};
 use gmem_host::kvm::RunMapping;
 use gmem_host::sys::{Argument, SignalsBlocked};
+use gmem_host::table::{self, Table};
 use gmem_host::{address_space, fds, kvm};
 use rustix::fd::AsFd;
 use rustix::io::Errno;
 
 use crate::abi::{self, CreateGuestMemfd, EnableCap, MemoryAttributes, MemoryRegion, MemoryRegion2, cap};
 use crate::capability;
-use crate::fd_set::FdSet;
 use crate::memfd::{FileCall, FileObject, Map};
 use crate::native::Native;
 use crate::profile::Profile;
@@ -61,10 +61,10 @@ pub enum Answer<T> {
     Done(Result<T, Errno>),
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Entry {
     Vm(Arc<VmObject>),
-    Vcpu(Arc<VcpuObject>),
+    Vcpu(Box<VcpuObject>),
     File(Arc<FileObject>),
 }
 
@@ -73,14 +73,12 @@ type Mappings = BTreeMap<usize, (usize, Arc<FileObject>)>;
 
 /// A client process.
 ///
-/// Lock order: `fds`, `vms` and `mappings` are only held for a lookup or a change, never while a VM's state is.
+/// Lock order: `vms` and `mappings` are only held for a lookup or a change, never while a VM's state is.
 #[derive(Debug)]
 pub struct Process {
     config: Config,
     native: Native,
-    /// The numbers that `fds` has entries for.
-    known: FdSet,
-    fds: RwLock<Vec<Option<Entry>>>,
+    fds: Table<Entry>,
     /// How many entries of `fds` are files.
     file_count: AtomicUsize,
     vms: Mutex<Vec<Weak<VmObject>>>,
@@ -95,7 +93,7 @@ pub struct Process {
 pub struct ForkGuard<'a> {
     _mappings: MutexGuard<'a, Mappings>,
     _vms: MutexGuard<'a, Vec<Weak<VmObject>>>,
-    _fds: RwLockWriteGuard<'a, Vec<Option<Entry>>>,
+    _fds: table::Changes<'a, Entry>,
     _client: MutexGuard<'a, ClientMemory>,
     /// A child may go on to use its parent's files.
     _states: Vec<HeldVm>,
@@ -111,8 +109,7 @@ impl Process {
         Self {
             config,
             native,
-            known: FdSet::default(),
-            fds: RwLock::default(),
+            fds: Table::default(),
             file_count: AtomicUsize::new(0),
             vms: Mutex::default(),
             vm_count: AtomicUsize::new(0),
@@ -122,36 +119,31 @@ impl Process {
         }
     }
 
-    fn entry(&self, fd: i32) -> Option<Entry> {
-        if !self.known.contains(fd) {
-            return None;
+    fn entry(&self, fd: i32) -> Option<Arc<Entry>> {
+        let entry = self.fds.get(fd);
+        if self.fds.has_retired() {
+            let _signals = SignalsBlocked::new();
+            drop(self.fds.take_retired());
         }
-        let fds = self.fds.read().unwrap_or_else(PoisonError::into_inner);
-        fds.get(usize::try_from(fd).ok()?)?.clone()
+        entry
     }
 
     fn file(&self, fd: i32) -> Option<Arc<FileObject>> {
-        match self.entry(fd)? {
-            Entry::File(file) => Some(file),
+        match &*self.entry(fd)? {
+            Entry::File(file) => Some(Arc::clone(file)),
             Entry::Vm(_) | Entry::Vcpu(_) => None,
         }
     }
 
-    /// Sets an entry and returns the old one, which must be dropped without the lock: it may be the last of its file.
-    fn replace(&self, fd: i32, entry: Option<Entry>) -> Option<Entry> {
-        let index = usize::try_from(fd).ok()?;
+    fn replace(&self, fd: i32, entry: Option<Arc<Entry>>) {
         let _signals = SignalsBlocked::new();
-        let mut fds = self.fds.write().unwrap_or_else(PoisonError::into_inner);
-        if index >= fds.len() {
-            entry.as_ref()?;
-            fds.resize(index + 1, None);
-        }
-        self.known.set(fd, entry.is_some());
-        let files = |entry: &Option<Entry>| usize::from(matches!(entry, Some(Entry::File(_))));
-        self.file_count.fetch_add(files(&entry), Ordering::Relaxed);
-        let old = std::mem::replace(fds.get_mut(index)?, entry);
-        self.file_count.fetch_sub(files(&old), Ordering::Relaxed);
-        old
+        let files = |entry: Option<&Entry>| usize::from(matches!(entry, Some(Entry::File(_))));
+        self.file_count.fetch_add(files(entry.as_deref()), Ordering::Relaxed);
+        let gone = self.fds.replace(fd, entry, |old| {
+            self.file_count.fetch_sub(files(old), Ordering::Relaxed);
+        });
+        // May close a file.
+        drop(gone);
     }
 
     /// `ioctl`.
@@ -162,15 +154,12 @@ impl Process {
             let refused = !sizes && !abi::VFS_IOCTLS.contains(&request) && self.file(fd).is_some();
             return if refused { Answer::Done(Err(Errno::NOTTY)) } else { Answer::Pass };
         }
-        let entry = self.entry(fd);
-        if let (Some(Entry::Vcpu(vcpu)), abi::RUN, 0) = (&entry, request, arg.value()) {
-            return Answer::Done(vcpu.run());
-        }
-        match entry {
-            Some(Entry::Vcpu(vcpu)) => vcpu_ioctl(&vcpu, request, arg),
+        match self.entry(fd).as_deref() {
+            Some(Entry::Vcpu(vcpu)) if request == abi::RUN && arg.value() == 0 => Answer::Done(vcpu.run()),
+            Some(Entry::Vcpu(vcpu)) => vcpu_ioctl(vcpu, request, arg),
             Some(Entry::Vm(vm)) => {
                 let _signals = SignalsBlocked::new();
-                self.vm_ioctl(&vm, request, arg)
+                self.vm_ioctl(vm, request, arg)
             }
             Some(Entry::File(_)) => Answer::Done(Err(Errno::NOTTY)),
             None => self.system_ioctl(fd, request, arg),
@@ -223,7 +212,7 @@ impl Process {
         self.vm_count.store(vms.len(), Ordering::Relaxed);
         drop(vms);
         let fd = kvm::into_client(fd);
-        self.replace(fd, Some(Entry::Vm(vm)));
+        self.replace(fd, Some(Arc::new(Entry::Vm(vm))));
         Ok(fd)
     }
 
@@ -255,7 +244,7 @@ impl Process {
         copy.become_copy_of(fd.as_fd())?;
         let vcpu = VcpuObject::new(copy, Arc::clone(vm), self.native.prefault)?;
         let fd = kvm::into_client(fd);
-        self.replace(fd, Some(Entry::Vcpu(Arc::new(vcpu))));
+        self.replace(fd, Some(Arc::new(Entry::Vcpu(Box::new(vcpu)))));
         Ok(fd)
     }
 
@@ -265,7 +254,7 @@ impl Process {
         let flags = FileFlags::from_bits_truncate(claim.flags);
         let file = FileObject { vm: Arc::clone(vm), id, size: claim.size, flags };
         let fd = kvm::into_client(fds::placeholder(claim.size)?);
-        self.replace(fd, Some(Entry::File(Arc::new(file))));
+        self.replace(fd, Some(Arc::new(Entry::File(Arc::new(file)))));
         Ok(fd)
     }
 
@@ -337,9 +326,8 @@ impl Process {
     /// The client closed `fd`. To be called before the number can be used again.
     pub fn closed(&self, fd: i32) {
         // A child of vfork closes descriptors of its own.
-        if self.known.contains(fd) && address_space::is_own() {
-            let _signals = SignalsBlocked::new();
-            drop(self.replace(fd, None));
+        if self.fds.contains(fd) && address_space::is_own() {
+            self.replace(fd, None);
         }
     }
 
@@ -353,7 +341,7 @@ impl Process {
             _mappings: lock(&self.mappings),
             _states: vms.iter().filter_map(Weak::upgrade).map(vm::hold).collect(),
             _vms: vms,
-            _fds: self.fds.write().unwrap_or_else(PoisonError::into_inner),
+            _fds: self.fds.changes(),
             _client: lock(&self.client),
         }
     }
@@ -362,6 +350,7 @@ impl Process {
     pub fn is_child(&self) {
         let _signals = SignalsBlocked::new();
         address_space::enter();
+        self.fds.is_child();
         lock(&self.client).make_private();
         // No VM is the child's.
         lock(&self.vms).clear();
@@ -370,18 +359,16 @@ impl Process {
 
     /// The client closed the descriptors `first..=last`.
     pub fn closed_range(&self, first: i32, last: i32) {
-        let known = self.fds.read().unwrap_or_else(PoisonError::into_inner).len();
-        let last = last.min(i32::try_from(known).unwrap_or(i32::MAX));
-        (first.max(0)..=last).for_each(|fd| self.closed(fd));
+        self.fds.numbers(first, last).for_each(|fd| self.closed(fd));
     }
 
     /// The client made `copy` a duplicate of `fd`.
     pub fn duplicated(&self, fd: i32, copy: i32) {
         let entry = self.entry(fd);
-        let concerns_gmem = entry.is_some() || self.known.contains(copy);
+        let concerns_gmem = entry.is_some() || self.fds.contains(copy);
         // A child of vfork has descriptors of its own.
         if concerns_gmem && address_space::is_own() {
-            drop(self.replace(copy, entry));
+            self.replace(copy, entry);
         }
     }
 
