@@ -108,7 +108,7 @@ impl Mutant {
             Self::RangeForgotten => with_invalidation(op, vm, forget_range),
             Self::MissesHugePage if matches!(op, CoreOp::Attributes(_)) => with_invalidation(op, vm, only_the_range),
             Self::OtherBindings if matches!(op, CoreOp::Punch(_)) => unstable_bindings(op, saved, vm),
-            Self::PopulateTwice if matches!(op, CoreOp::Populate(_)) => again(op, saved, vm),
+            Self::PopulateTwice if matches!(op, CoreOp::Populate(..)) => again(op, saved, vm),
             Self::RestoreAfterFree => restore_late(op, saved, vm),
             Self::FlushBeforeZap => flush_early(op, saved, vm),
             _ => self.alter(op, vm),
