@@ -232,6 +232,13 @@ impl Arch {
         each!(self, vendor => vendor.populate(gfn, frame(pfn), page), else none)
     }
 
+    /// Whether the initial memory of a range is loaded by a call of `kvm_gmem_populate()` for each page, all under one hold of
+    /// slots_lock (`tdx_vcpu_init_mem_region()`). Elsewhere one call is for the range.
+    #[must_use]
+    pub(crate) fn populates_by_page(&self) -> bool {
+        matches!(self, Self::Tdx(_))
+    }
+
     /// The launch ends.
     ///
     /// # Errors

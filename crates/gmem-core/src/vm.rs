@@ -26,6 +26,9 @@ pub struct Rules {
     /// A page that already has contents may not be populated again (6.12, 6.18: EEXIST from the core; later kernels leave
     /// it to the architecture).
     pub populate_once: bool,
+    /// A populate keeps the file's lock over all of its pages and reads their sources meanwhile (6.12, 6.18). Later kernels
+    /// look the source of a page up first, and lock the file for that page.
+    pub populate_keeps_lock: bool,
     /// A prefault that meets a slot being deleted ends with EAGAIN (6.18 on); else it is retried inside the kernel (6.12).
     pub prefault_reports_dying_slot: bool,
     /// VMs without private memory take slots with files too (6.18 on).
@@ -82,6 +85,7 @@ impl Rules {
         tracking: Tracking::Attributes,
         file_filter: FileFilter::Kind,
         populate_once: false,
+        populate_keeps_lock: false,
         prefault_reports_dying_slot: true,
         files_without_private_memory: true,
         signed_offsets: false,

@@ -9,7 +9,7 @@ use gmem_core::file::{AllocateError, CreateError, FileFlags, FileId, GetPageErro
 use gmem_core::invalidate::Filter;
 use gmem_core::ops::{
     Access, Action, ConvertError, ConvertInPlace, DirectMap, Fault, FaultEnd, Lock, MemoryFailure, Operation, Origin,
-    Pages, PopulatePage, PunchError, PunchHole, RestoreTemporarily, Step, run,
+    Pages, Populate, Populated, PunchError, PunchHole, RestoreTemporarily, Source, Step, run,
 };
 use gmem_core::vendor::{AccessKind, HostOutcome, PopulateKind, Side};
 use gmem_core::vm::{DirectMapFlush, FileFilter, Rules, Tracking, Unbacked, View, Vm};
@@ -229,9 +229,8 @@ fn a_fault_beside_a_populated_page_of_its_folio_zeroes_all_but_that_page() {
     machine.set_attributes(&mut vm, gfns(0, 512), Side::Private);
     let source = [7; 4096];
     for gfn in [3, 9] {
-        machine
-            .run(&mut vm, &mut PopulatePage::new(Gfn(gfn), Some(&source), PopulateKind::Measured))
-            .expect("launching");
+        let mut populate = Populate::new(gfns(gfn, gfn + 1), Source::Repeated(&source), PopulateKind::Measured);
+        assert_eq!(machine.run(&mut vm, &mut populate), Populated { pages: 1, stopped: None });
     }
     vm.finalize().expect("launching");
     for gfn in [3, 5] {

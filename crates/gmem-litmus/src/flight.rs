@@ -4,9 +4,9 @@ use gmem_core::Vm;
 use gmem_core::addr::Pfn;
 use gmem_core::file::GetPageError;
 use gmem_core::ops::{
-    ChangeUserMapping, CloseFile, ConvertError, ConvertInPlace, Fault, FaultEnd, MemoryFailure, Operation,
-    PopulateError, PopulatePage, Prefault, PrefaultError, PunchError, PunchHole, Reach, RegionError,
-    RestoreTemporarily, SetAttributes, SetRegion, Step, UserFault,
+    ChangeUserMapping, CloseFile, ConvertError, ConvertInPlace, Fault, FaultEnd, MemoryFailure, Operation, Populate,
+    PopulateError, Populated, Prefault, PrefaultError, PunchError, PunchHole, Reach, RegionError, RestoreTemporarily,
+    SetAttributes, SetRegion, Step, UserFault,
 };
 use gmem_core::vendor::{Cause, Refusal};
 
@@ -19,7 +19,7 @@ pub(crate) enum CoreOp {
     Close(CloseFile),
     Convert(ConvertInPlace),
     Fault(Fault),
-    Populate(PopulatePage<'static>),
+    Populate(Populate<'static>, u64),
     Poison(MemoryFailure),
     Prefault(Prefault, u64),
     Punch(PunchHole),
@@ -55,7 +55,10 @@ impl Operation for CoreOp {
                 Step::Do(action) => Step::Do(action),
                 Step::Done(end) => Step::Done(End::Fault(end)),
             },
-            Self::Populate(op) => follow(op, vm, of_populate),
+            Self::Populate(op, pages) => {
+                let pages = *pages;
+                follow(op, vm, |end| of_populate(end, pages))
+            }
             Self::Poison(op) => follow(op, vm, |()| Seen::Ok),
             Self::Prefault(op, pages) => {
                 let pages = *pages;
@@ -75,7 +78,7 @@ impl Operation for CoreOp {
             Self::Close(op) => op.reach(),
             Self::Convert(op) => op.reach(),
             Self::Fault(op) => op.reach(),
-            Self::Populate(op) => op.reach(),
+            Self::Populate(op, _) => op.reach(),
             Self::Poison(op) => op.reach(),
             Self::Prefault(op, _) => op.reach(),
             Self::Punch(op) => op.reach(),
@@ -123,9 +126,11 @@ fn of_punch(result: Result<(), PunchError>) -> Seen {
     }
 }
 
-fn of_populate(result: Result<(), PopulateError>) -> Seen {
-    Seen::Errno(match result {
-        Ok(()) => return Seen::Ok,
+fn of_populate(end: Populated, pages: u64) -> Seen {
+    Seen::Errno(match end.result() {
+        Ok(done) => return of_progress(done, pages),
+        Err(PopulateError::Interrupted) => Errno::EINTR,
+        Err(PopulateError::NoSource) => Errno::EFAULT,
         Err(PopulateError::NoPrivateSlot | PopulateError::NotPrivate) => Errno::EINVAL,
         Err(PopulateError::Page(error)) => of_page(error),
         Err(PopulateError::Populated) => Errno::EEXIST,
@@ -144,8 +149,7 @@ fn of_region(result: Result<(), RegionError>) -> Seen {
 
 fn of_prefault(result: Result<u64, PrefaultError>, pages: u64) -> Seen {
     match result {
-        Ok(done) if done >= pages => Seen::Ok,
-        Ok(done) => Seen::Partly(u8::try_from(done).unwrap_or(u8::MAX)),
+        Ok(done) => of_progress(done, pages),
         Err(PrefaultError::NotAllowed) => Seen::Errno(Errno::EOPNOTSUPP),
         Err(PrefaultError::VmDead) => Seen::Errno(Errno::EIO),
         Err(PrefaultError::Fault(_, end)) => Seen::Errno(match end {
@@ -156,6 +160,10 @@ fn of_prefault(result: Result<u64, PrefaultError>, pages: u64) -> Seen {
             FaultEnd::Mapped(_) | FaultEnd::Retry | FaultEnd::MemoryFault(_) | FaultEnd::NoUserPage => Errno::EFAULT,
         }),
     }
+}
+
+fn of_progress(done: u64, pages: u64) -> Seen {
+    if done >= pages { Seen::Ok } else { Seen::Partly(u8::try_from(done).unwrap_or(u8::MAX)) }
 }
 
 pub(crate) fn of_page(error: GetPageError) -> Errno {

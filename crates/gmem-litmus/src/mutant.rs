@@ -63,6 +63,8 @@ mutants! {
     NoZero = "no-zero",
     /// A page is populated a second time.
     PopulateTwice = "populate-twice",
+    /// A populate lets go of the slots lock between its pages.
+    PopulateUnlocks = "populate-unlocks",
     /// A change of attributes does not cover the huge page around its edges.
     MissesHugePage = "misses-huge-page",
     /// Pages come back to the direct map only after they were freed.
@@ -108,7 +110,8 @@ impl Mutant {
             Self::RangeForgotten => with_invalidation(op, vm, forget_range),
             Self::MissesHugePage if matches!(op, CoreOp::Attributes(_)) => with_invalidation(op, vm, only_the_range),
             Self::OtherBindings if matches!(op, CoreOp::Punch(_)) => unstable_bindings(op, saved, vm),
-            Self::PopulateTwice if matches!(op, CoreOp::Populate(_)) => again(op, saved, vm),
+            Self::PopulateTwice if matches!(op, CoreOp::Populate(..)) => again(op, saved, vm),
+            Self::PopulateUnlocks if matches!(op, CoreOp::Populate(..)) => let_go_between(op, saved, vm),
             Self::RestoreAfterFree => restore_late(op, saved, vm),
             Self::FlushBeforeZap => flush_early(op, saved, vm),
             _ => self.alter(op, vm),
@@ -310,6 +313,19 @@ fn again(op: &mut CoreOp, saved: &mut Saved, vm: &mut Vm) -> Step<End> {
         }
         other => other,
     }
+}
+
+/// Whenever the file is unlocked, slots_lock is let go and taken again.
+fn let_go_between(op: &mut CoreOp, saved: &mut Saved, vm: &mut Vm) -> Step<End> {
+    if let Some(action) = saved.held_back.take() {
+        saved.held_back = (action == Action::Unlock(Lock::Slots)).then_some(Action::Lock(Lock::Slots));
+        return Step::Do(action);
+    }
+    let step = op.step(vm);
+    if matches!(step, Step::Do(Action::Unlock(Lock::FileExclusive(_)))) {
+        saved.held_back = Some(Action::Unlock(Lock::Slots));
+    }
+    step
 }
 
 /// The direct map is restored one step after the memory was given back.

@@ -52,6 +52,7 @@ const OTHER: &[&str] = &[
     "allocate f 0..2",
     "prefault 0..2",
     "populate 0 = image",
+    "populate 0..2 = image",
     "finalize",
     "dontneed 0..1",
     "munmap 1..2",
@@ -92,7 +93,7 @@ const RULES: &[&str] = &[
     "",
     "rules: in-place\n",
     "rules: no-direct-map-flush\n",
-    "rules: private-filter, populate-once, prefault-waits\n",
+    "rules: private-filter, populate-once, populate-keeps-lock, prefault-waits\n",
 ];
 const FILES: &[&str] = &[
     "4 pages",

@@ -43,6 +43,7 @@ pub static PROFILES: [Profile; 3] = [
         rules: Rules {
             file_filter: FileFilter::Private,
             populate_once: true,
+            populate_keeps_lock: true,
             prefault_reports_dying_slot: false,
             files_without_private_memory: false,
             binds_last: false,
@@ -58,7 +59,13 @@ pub static PROFILES: [Profile; 3] = [
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::INVAL,
-        rules: Rules { populate_once: true, signed_offsets: true, binds_last: false, ..Rules::NEWEST },
+        rules: Rules {
+            populate_once: true,
+            populate_keeps_lock: true,
+            signed_offsets: true,
+            binds_last: false,
+            ..Rules::NEWEST
+        },
     },
     Profile {
         name: "linux-7.3",

@@ -27,7 +27,7 @@ pub use direct_map::RestoreTemporarily;
 pub use fault::{Access, Fault, FaultEnd, MemoryFault, Origin};
 pub use hva::ChangeUserMapping;
 pub use poison::MemoryFailure;
-pub use populate::{PopulateError, PopulatePage};
+pub use populate::{Populate, PopulateError, Populated, Source};
 pub use prefault::{Prefault, PrefaultError};
 pub use punch::{PunchError, PunchHole};
 pub use region::{Claim, FileClaim, RegionError, SetRegion, check_claim};
@@ -141,7 +141,7 @@ pub enum Action {
     Synchronize,
     /// Write zeros over the pages.
     Zero(Pages),
-    /// Copy the source into the page.
+    /// Copy the page's source, if it has one, into the page.
     CopyIn(Pages),
     /// Give the memory of the pages back to the host. Whoever gets it next may read and write it.
     Free(Pages),

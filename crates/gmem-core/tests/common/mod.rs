@@ -356,7 +356,7 @@ asks_nothing!(
     gmem_core::ops::ConvertInPlace,
     gmem_core::ops::ChangeUserMapping,
     gmem_core::ops::RestoreTemporarily,
-    gmem_core::ops::PopulatePage<'_>
+    gmem_core::ops::Populate<'_>
 );
 
 /// A fault's mapping at the smallest level.

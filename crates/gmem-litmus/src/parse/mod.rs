@@ -43,7 +43,7 @@ pub(crate) const HEADER: &[&str] = &[
 ];
 /// Behaviour of kernels that a program can choose.
 pub(crate) const RULES: &[&str] =
-    &["in-place", "no-direct-map-flush", "populate-once", "private-filter", "prefault-waits"];
+    &["in-place", "no-direct-map-flush", "populate-once", "populate-keeps-lock", "private-filter", "prefault-waits"];
 /// Words within lines.
 pub(crate) const WITHIN: &[&str] = &[
     "all",
@@ -287,6 +287,7 @@ impl Parser {
                 "in-place" => rules.tracking = Tracking::InPlace,
                 "no-direct-map-flush" => rules.direct_map_flush = DirectMapFlush::NoFlush,
                 "populate-once" => rules.populate_once = true,
+                "populate-keeps-lock" => rules.populate_keeps_lock = true,
                 "private-filter" => rules.file_filter = FileFilter::Private,
                 _ => rules.prefault_reports_dying_slot = false,
             }

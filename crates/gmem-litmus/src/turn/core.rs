@@ -3,9 +3,9 @@
 use std::cmp::Ordering;
 
 use gmem_core::Vm;
-use gmem_core::addr::{Gfn, GfnRange, PageNumber, PageRange, PfnRange};
+use gmem_core::addr::{Gfn, GfnRange, PageRange, PfnRange};
 use gmem_core::arch::GiveUp;
-use gmem_core::ops::{Action, Operation, Pages, Parts, PopulatePage, Step};
+use gmem_core::ops::{Action, Operation, Pages, Parts, Populate, Source, Step};
 use gmem_core::vendor::{AccessKind, Contents, HostOutcome, PopulateKind};
 
 use super::claims::USER_BASE;
@@ -115,29 +115,6 @@ impl Turn<'_> {
         }
     }
 
-    pub(super) fn populate(&mut self, stmt: &Stmt, next: Gfn, mut op: CoreOp) -> bool {
-        let Op::Populate { range, measured, .. } = stmt.op else { return false };
-        match self.step(&mut op) {
-            Step::Do(action) => {
-                let taken = self.perform(stmt, &action, &mut op);
-                self.thread.flight = Flight::Populating { next, op };
-                taken
-            }
-            Step::Done(End::Seen(Seen::Ok)) => match next.checked_add(1).filter(|next| range.contains(*next)) {
-                Some(next) => {
-                    self.thread.flight = Flight::Populating { next, op: populate(next, measured) };
-                    true
-                }
-                None => self.finish(stmt, Seen::Ok),
-            },
-            Step::Done(End::Seen(seen)) => {
-                let done = u8::try_from(next.0 - range.start().0).unwrap_or(u8::MAX);
-                self.finish(stmt, if done > 0 { Seen::Partly(done) } else { seen })
-            }
-            Step::Done(End::Fault(_)) => false,
-        }
-    }
-
     /// Carries an action out. `false` if it has to wait; then the whole turn is dropped.
     pub(super) fn perform(&mut self, stmt: &Stmt, action: &Action, op: &mut CoreOp) -> bool {
         if *action != Action::Continue {
@@ -239,7 +216,7 @@ impl Turn<'_> {
     }
 }
 
-pub(super) fn populate(gfn: Gfn, measured: bool) -> CoreOp {
+pub(super) fn populate(range: GfnRange, measured: bool) -> CoreOp {
     let kind = if measured { PopulateKind::Measured } else { PopulateKind::Unmeasured };
-    CoreOp::Populate(PopulatePage::new(gfn, Some(&SOURCE), kind))
+    CoreOp::Populate(Populate::new(range, Source::Repeated(&SOURCE), kind), range.len())
 }

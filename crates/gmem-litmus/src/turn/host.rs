@@ -5,7 +5,6 @@ use gmem_core::invalidate::Filter;
 use gmem_core::ops::{Lock, UserFault};
 use gmem_core::vendor::{AccessKind, Contents, HostOutcome, Side};
 
-use super::core::populate;
 use super::{Flight, Turn};
 use crate::flight::{CoreOp, of_refusal};
 use crate::machine::Events;
@@ -17,10 +16,6 @@ impl Turn<'_> {
     pub(super) fn immediately(&mut self, stmt: &Stmt) -> bool {
         self.touch = Touch::ALL;
         let seen = match stmt.op {
-            Op::Populate { range, measured, .. } => {
-                let op = populate(range.start(), measured);
-                return self.populate(stmt, range.start(), op);
-            }
             Op::HostRead { page: HostPage::Mapped { file, index } }
             | Op::HostWrite { page: HostPage::Mapped { file, index }, .. } => {
                 return self.begin_mapped(stmt, file, index);

@@ -26,6 +26,7 @@ use crate::program::{Op, Program, Stmt, ThreadKind};
 use crate::touch::Touch;
 use crate::value::{Errno, Seen};
 
+use self::core::populate;
 use claims::{USER_BASE, deletion, movement};
 pub(crate) use claims::{claim, user_page_of};
 
@@ -67,10 +68,6 @@ enum Flight {
     Core(CoreOp),
     /// The VMM faults its mapping of a file in, to touch it afterwards.
     MappingIn(CoreOp),
-    Populating {
-        next: Gfn,
-        op: CoreOp,
-    },
     Reading(MemfdRead),
 }
 
@@ -150,7 +147,6 @@ impl<'a> Turn<'a> {
             Flight::Answering(walk, op) => self.answer(walk, op),
             Flight::Core(op) => self.core(stmt, op),
             Flight::MappingIn(op) => self.map_in(stmt, op),
-            Flight::Populating { next, op } => self.populate(stmt, next, op),
             Flight::Reading(read) => self.read_memfd(stmt, read),
         };
         if !was_dead && self.vm.arch.is_dead() && !self.machine.vm_closed {
@@ -253,6 +249,7 @@ impl<'a> Turn<'a> {
                 CoreOp::Punch(if may_split { punch } else { punch.without_split() })
             }
             Op::Prefault { range } => CoreOp::Prefault(Prefault::new(range), range.len()),
+            Op::Populate { range, measured, .. } => populate(range, measured),
             Op::CreateSlot(slot) => CoreOp::Region(SetRegion::new(claim(slot))),
             Op::DeleteSlot { number } => CoreOp::Region(SetRegion::new(deletion(number))),
             Op::MoveSlot { number, to } => CoreOp::Region(SetRegion::new(movement(&self.vm, number, to))),

@@ -8,8 +8,8 @@ use crate::arch::{Arch, GiveUp};
 use crate::file::{FileFlags, FileId, GetPageError};
 use crate::invalidate::Filter;
 use crate::ops::{
-    Access, Action, ChangeUserMapping, Claim, Fault, FaultEnd, FileClaim, Operation, Origin, PopulateError,
-    PopulatePage, Prefault, PrefaultError, PunchHole, SetAttributes, SetRegion, run,
+    Access, Action, ChangeUserMapping, Claim, Fault, FaultEnd, FileClaim, Operation, Origin, Populate, PopulateError,
+    Prefault, PrefaultError, PunchHole, SetAttributes, SetRegion, Source, run,
 };
 use crate::slot::SlotFlags;
 use crate::vendor::{AccessKind, Cause, Contents, ExitReason, HostOutcome, Mapping, PopulateKind, Refusal, Side};
@@ -105,8 +105,11 @@ impl Machine {
     }
 
     pub(super) fn populate(&mut self, kind: PopulateKind) -> Result<(), Refusal> {
-        self.run(&mut PopulatePage::new(GFN, Some(&SOURCE), kind)).map_err(|error| match error {
+        let mut populate = Populate::new(PageRange::page(GFN), Source::Repeated(&SOURCE), kind);
+        self.run(&mut populate).result().map(drop).map_err(|error| match error {
             PopulateError::NoPrivateSlot | PopulateError::NotPrivate => refused(Cause::Invalid),
+            PopulateError::Interrupted => refused(Cause::Again),
+            PopulateError::NoSource => refused(Cause::Fault),
             PopulateError::Populated => refused(Cause::Exists),
             PopulateError::Page(error) => of_page(error),
             PopulateError::Refused(refusal) => refusal,
