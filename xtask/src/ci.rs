@@ -125,18 +125,23 @@ fn deny() -> Result<()> {
 /// that makes it longer is to be cut as `gmem-core/src/effort.rs` says.
 const MIRI_LIMIT: Duration = Duration::from_secs(1800);
 
-/// Miri uses one processor, whatever the tests' threads: so several of them run, each with a third of the tests' time.
-const MIRI_PARTS: [&[&str]; 3] =
-    [&["--lib", "--", "vendor::"], &["--lib", "--", "--skip", "vendor::"], &["--test", "*", "--"]];
+/// Miri uses one processor, whatever the tests' threads: so several of them run, the core's each with a third of its tests' time.
+const MIRI_PARTS: [&[&str]; 4] = [
+    &["gmem-core", "--lib", "--", "vendor::"],
+    &["gmem-core", "--lib", "--", "--skip", "vendor::"],
+    &["gmem-core", "--test", "*", "--"],
+    &["gmem-host", "--lib", "--", "table::"],
+];
 
-/// The core has no unsafe code whose references could break a rule of aliasing. To keep track of them is what costs most, and
-/// with a node of thousands of atomics it costs minutes.
+/// The core has no unsafe code whose references could break a rule of aliasing, and the table only pointers of `Arc`. To keep
+/// track of them is what costs most, and with a node of thousands of atomics it costs minutes.
 const MIRI_FLAGS: &str = "-Zmiri-disable-isolation -Zmiri-disable-stacked-borrows";
 
 /// Miri has the processor's instructions for SHA-256, and runs them five times faster than what replaces them.
 const MIRI_FEATURES: &str = if cfg!(target_arch = "x86_64") { "-Ctarget-feature=+sha,+sse4.1,+ssse3" } else { "" };
 
-/// The core's own tests under Miri, which finds undefined behaviour and races in what they do, weak memory included. They have
+/// The tests of the core and of the table of descriptors under Miri, which finds undefined behaviour and races in what they do,
+/// weak memory included. They have
 /// less to do than elsewhere, and one that would take too long all the same is ignored by name. A nightly of another day will
 /// do where the pinned one is not installed.
 fn miri() -> Result<()> {
@@ -153,8 +158,8 @@ fn miri() -> Result<()> {
         let install = "rustup toolchain install MIRI --profile minimal --component miri,rust-src";
         bail!(Missing(format!("Miri ({})", install.replace("MIRI", MIRI_TOOLCHAIN))));
     };
-    let tests = ["test", "--quiet", "--locked", "--package", "gmem-core"];
-    sys::run(run(toolchain, &tests).args(["--tests", "--no-run"]))?;
+    let tests = ["test", "--quiet", "--locked", "--package"];
+    sys::run(run(toolchain, &tests).args(["gmem-core", "--tests", "--package", "gmem-host", "--no-run"]))?;
     let part = |which: &[&str]| sys::run_within(run(toolchain, &tests).args(which), MIRI_LIMIT);
     thread::scope(|scope| {
         let parts = MIRI_PARTS.map(|which| scope.spawn(move || part(which)));

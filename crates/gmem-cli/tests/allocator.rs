@@ -9,7 +9,6 @@ use common::under_gmem;
 fn client() {
     match common::part().as_str() {
         "filter" => parts::filter_without_memory(),
-        "handler" => parts::handler_in_malloc(),
         "mappings" => parts::no_mapping_is_left(),
         "fork" => parts::forks_amid_allocations(),
         _ => {}
@@ -19,11 +18,6 @@ fn client() {
 #[test]
 fn a_filter_that_forbids_to_ask_for_memory_stops_the_client_and_not_gmem() {
     under_gmem("filter");
-}
-
-#[test]
-fn a_signal_handler_that_interrupts_malloc_may_call_gmem() {
-    under_gmem("handler");
 }
 
 #[test]
@@ -37,29 +31,15 @@ fn small_things_work_when_the_process_has_all_mappings_that_it_may_have() {
 }
 
 #[test]
-fn children_that_were_forked_while_other_threads_allocate_can_use_gmem() {
+fn children_that_were_forked_while_other_threads_use_gmem_can_use_it() {
     under_gmem("fork");
 }
 
 mod parts {
-    use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
-    use std::time::{Duration, Instant};
-
-    use crate::common::{KVM_CREATE_GUEST_MEMFD, KVM_SET_MEMORY_ATTRIBUTES, ioctl, protected_vm, try_protected_vm};
     use std::ffi::{c_int, c_ulong};
+    use std::sync::atomic::{AtomicBool, Ordering};
 
-    const PAGE: u64 = 4096;
-    const PRIVATE: u64 = 8;
-
-    fn create_file(vm: c_int, size: u64) -> Result<c_int, i32> {
-        let claim = [size, 0, 0, 0, 0, 0, 0, 0];
-        ioctl(vm, KVM_CREATE_GUEST_MEMFD, claim.as_ptr().addr())
-    }
-
-    fn set_attributes(vm: c_int, start: u64, len: u64, attributes: u64) -> Result<c_int, i32> {
-        let claim = [start, len, attributes, 0];
-        ioctl(vm, KVM_SET_MEMORY_ATTRIBUTES, claim.as_ptr().addr())
-    }
+    use crate::common::{PAGE, PRIVATE, create_file, protected_vm, set_attributes, try_protected_vm};
 
     /// Makes every second page private and shared again, which takes a piece of gmem's memory for each.
     fn scatter(vm: c_int) -> Result<(), i32> {
@@ -125,64 +105,6 @@ mod parts {
         }
     }
 
-    static VM: AtomicI32 = AtomicI32::new(-1);
-    static HANDLED: AtomicU64 = AtomicU64::new(0);
-    static REFUSED: AtomicU64 = AtomicU64::new(0);
-
-    extern "C" fn convert(_: c_int) {
-        // SAFETY: libc gives every thread a valid address for its errno.
-        let at = unsafe { libc::__errno_location() };
-        // SAFETY: as above.
-        let before = unsafe { *at };
-        let n = HANDLED.fetch_add(1, Ordering::Relaxed);
-        if set_attributes(VM.load(Ordering::Relaxed), (n % 64) * 2 * PAGE, PAGE, (n & 1) * PRIVATE).is_err() {
-            REFUSED.fetch_add(1, Ordering::Relaxed);
-        }
-        // SAFETY: as above.
-        unsafe { *at = before };
-    }
-
-    /// Signals come while this thread is in `malloc` and while it is in gmem.
-    pub(super) fn handler_in_malloc() {
-        const LONG: Duration = Duration::from_secs(2);
-        let vm = protected_vm();
-        VM.store(vm, Ordering::Relaxed);
-        let done = AtomicBool::new(false);
-        let mut random = 1u64;
-        let mut blocks = [std::ptr::null_mut(); 256];
-        // SAFETY: a handler that makes system calls, this thread, which waits for the other one, and blocks that are freed once.
-        unsafe {
-            assert_ne!(libc::signal(libc::SIGALRM, convert as *const () as usize), libc::SIG_ERR);
-            let this = libc::pthread_self();
-            std::thread::scope(|scope| {
-                scope.spawn(|| {
-                    let begin = Instant::now();
-                    while !done.load(Ordering::Relaxed) {
-                        std::thread::sleep(Duration::from_micros(100));
-                        libc::pthread_kill(this, libc::SIGALRM);
-                        if begin.elapsed() > LONG * 15 {
-                            // The thread waits for itself.
-                            libc::_exit(9);
-                        }
-                    }
-                });
-                let begin = Instant::now();
-                while begin.elapsed() < LONG {
-                    for block in &mut blocks {
-                        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                        libc::free(*block);
-                        *block = libc::malloc(1100 + (random >> 33) as usize % 20 * 517);
-                    }
-                    set_attributes(vm, 1 << 32, PAGE, (random >> 40 & 1) * PRIVATE).expect("attributes");
-                }
-                done.store(true, Ordering::Relaxed);
-            });
-            blocks.iter().for_each(|block| libc::free(*block));
-        }
-        assert!(HANDLED.load(Ordering::Relaxed) > 100, "{HANDLED:?} signals");
-        assert_eq!(REFUSED.load(Ordering::Relaxed), 0);
-    }
-
     /// Neither gmem nor anyone else can map anything, until this thread gives back what it has taken.
     pub(super) fn no_mapping_is_left() {
         const ROOM: usize = 4 << 30;
@@ -208,10 +130,15 @@ mod parts {
         create_file(vm, PAGE).expect("a file");
     }
 
-    /// A child has one thread, and the heaps as the others left them.
+    /// A child has one thread, and the heaps and its parent's VMs as the others left them.
     pub(super) fn forks_amid_allocations() {
         const CHILDREN: usize = 50;
+        const KEEP_SIZE: c_int = 1;
+        const PUNCH_HOLE: c_int = 2;
         let vms = [protected_vm(), protected_vm()];
+        let shared = create_file(vms[0], 64 * PAGE).expect("a file");
+        // SAFETY: a call about a descriptor.
+        let change = move |mode| unsafe { libc::fallocate(shared, mode | KEEP_SIZE, 0, 64 * 4096) };
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let done = &done;
@@ -222,6 +149,11 @@ mod parts {
                     }
                 });
             }
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    assert_eq!([change(0), change(PUNCH_HOLE)], [0; 2]);
+                }
+            });
             for _ in 0..CHILDREN {
                 // SAFETY: the child makes system calls and exits; it ends by itself if one of them never returns.
                 let child = unsafe { libc::fork() };
@@ -234,6 +166,7 @@ mod parts {
                         }
                         create_file(vm, PAGE)
                     });
+                    let works = if change(0) == 0 { works } else { Err(255) };
                     // SAFETY: as above.
                     unsafe { libc::_exit(works.map_or_else(|error| error, |_| 0)) };
                 }

@@ -198,17 +198,18 @@ mod tests {
     #[test]
     fn entries_are_told_from_their_neighbours() {
         let table = Table::default();
-        for fd in [0, 63, 1023, 1024, 1 << 20, i32::MAX] {
+        let all: &[i32] = if cfg!(miri) { &[0, 63, 1 << 20] } else { &[0, 63, 1023, 1024, 1 << 20, i32::MAX] };
+        for &fd in all {
             assert!(!table.contains(fd) && table.get(fd).is_none());
             assert!(set(&table, fd, Some(Arc::new(fd))).is_empty());
             assert_eq!(table.get(fd).as_deref(), Some(&fd));
             assert!(table.contains(fd) && !table.contains(fd ^ 1));
         }
         assert!(set(&table, -1, Some(Arc::new(-1))).is_empty() && table.get(-1).is_none());
-        assert_eq!(table.numbers(0, i32::MAX).collect::<Vec<_>>(), [0, 63, 1023, 1024, 1 << 20, i32::MAX]);
-        assert_eq!(table.numbers(1, 1023).collect::<Vec<_>>(), [63, 1023]);
-        assert_eq!(table.numbers(64, 1 << 20).collect::<Vec<_>>(), [1023, 1024, 1 << 20]);
-        assert_eq!(table.numbers(1025, i32::MAX - 1).collect::<Vec<_>>(), [1 << 20]);
+        for (first, last) in [(0, i32::MAX), (-1, 63), (1, 1023), (64, 1 << 20), (1025, i32::MAX - 1)] {
+            let within = all.iter().copied().filter(|fd| (first..=last).contains(fd));
+            assert!(table.numbers(first, last).eq(within), "from {first} to {last}");
+        }
         assert_eq!(set(&table, 63, None), [Arc::new(63)]);
         assert!(!table.contains(63));
     }

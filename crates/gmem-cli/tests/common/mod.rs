@@ -13,6 +13,10 @@ pub(crate) const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;
 pub(crate) const KVM_SET_MEMORY_ATTRIBUTES: c_ulong = 0x4020_aed2;
 pub(crate) const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
 
+pub(crate) const PAGE: u64 = 4096;
+/// The attribute.
+pub(crate) const PRIVATE: u64 = 8;
+
 /// The part that this program is to be, as a client.
 pub(crate) fn part() -> String {
     std::env::var(PART).unwrap_or_default()
@@ -68,4 +72,14 @@ pub(crate) fn try_protected_vm() -> Result<c_int, i32> {
 
 pub(crate) fn protected_vm() -> c_int {
     try_protected_vm().expect("a protected VM")
+}
+
+pub(crate) fn create_file(vm: c_int, size: u64) -> Result<c_int, i32> {
+    let claim = [size, 0, 0, 0, 0, 0, 0, 0];
+    ioctl(vm, KVM_CREATE_GUEST_MEMFD, claim.as_ptr().addr())
+}
+
+pub(crate) fn set_attributes(vm: c_int, start: u64, len: u64, attributes: u64) -> Result<c_int, i32> {
+    let claim = [start, len, attributes, 0];
+    ioctl(vm, KVM_SET_MEMORY_ATTRIBUTES, claim.as_ptr().addr())
 }
