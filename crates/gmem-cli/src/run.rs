@@ -12,7 +12,7 @@ use gmem_uapi::native::Native;
 use gmem_uapi::profile::{self, Profile};
 use gmem_uapi::{Config, Errno};
 use rustix::fs::MemfdFlags;
-use rustix::process::{Resource, getrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::{program, sigpipe, types};
 
@@ -162,9 +162,22 @@ fn profile(name: Option<&str>, native: &Native) -> Result<&'static Profile> {
 /// Puts the library in front. It lives in a memfd, so nothing is left on any file system; the descriptor stays open over exec
 /// and is inherited, because children load the library through it too.
 fn interpose(command: &mut Command, config: &Config) -> Result<OwnedFd> {
-    let library = library().context("cannot make a memfd for the preload library")?;
+    let library = library().or_else(|error| match error {
+        Errno::FBIG => {
+            refuse(FAILED, "the process's file size limit is too small for gmem's library: raise it (ulimit -f)")
+        }
+        error => refuse(FAILED, format!("cannot make a memfd for gmem's library ({error})")),
+    })?;
     let number = library.as_raw_fd();
-    let mut preload = OsString::from(format!("/proc/self/fd/{number}"));
+    let path = format!("/proc/self/fd/{number}");
+    // The program's dynamic linker would go on without the library.
+    if let Err(error) = std::fs::File::open(&path) {
+        return refuse(
+            FAILED,
+            format!("the program could not load gmem's library, {path} ({error}): is /proc mounted?"),
+        );
+    }
+    let mut preload = OsString::from(path);
     if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
         preload.push(":");
         preload.push(others);
@@ -176,13 +189,23 @@ fn interpose(command: &mut Command, config: &Config) -> Result<OwnedFd> {
     Ok(library)
 }
 
-fn library() -> Result<OwnedFd, Errno> {
-    let file = rustix::fs::memfd_create("gmem", MemfdFlags::CLOEXEC)?;
-    let mut left = LIBRARY;
+/// Writes to a file that belongs to nobody else. A write beyond the process's limit would end it by a signal.
+fn write_all(file: &OwnedFd, mut left: &[u8]) -> Result<(), Errno> {
+    let limit = getrlimit(Resource::Fsize);
+    setrlimit(Resource::Fsize, Rlimit { current: limit.maximum, ..limit })?;
+    if limit.maximum.is_some_and(|most| most < left.len() as u64) {
+        return Err(Errno::FBIG);
+    }
     while !left.is_empty() {
-        let written = rustix::io::write(&file, left)?;
+        let written = rustix::io::write(file, left)?;
         left = &left[written..];
     }
+    setrlimit(Resource::Fsize, limit)
+}
+
+fn library() -> Result<OwnedFd, Errno> {
+    let file = rustix::fs::memfd_create("gmem", MemfdFlags::CLOEXEC)?;
+    write_all(&file, LIBRARY)?;
     // Out of the way of the client's numbering, and not close-on-exec.
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(1024).min(1024);
     let high = i32::try_from(limit).unwrap_or(1024) - 1;

@@ -142,7 +142,8 @@ impl ClientMemory {
     /// would be lost.
     ///
     /// # Errors
-    /// ENOMEM, EMFILE. What was moved before the error stays moved, which changes nothing for the client.
+    /// ENOMEM, EMFILE; EOPNOTSUPP for memory that a userfaultfd has a part in, which would be told of no fault any more. What was
+    /// moved before the error stays moved, which changes nothing for the client.
     pub fn make_shareable(&mut self, start: usize, len: usize) -> Result<(), Errno> {
         let maps = Maps::now()?;
         self.forget_unmapped(&maps);
@@ -159,11 +160,14 @@ impl ClientMemory {
     fn move_to_memfd(&mut self, area: &Area) -> Result<(), Errno> {
         let (start, end) = (area.start, area.end);
         let len = end - start;
+        let flags = VmFlags::at(start).unwrap_or_default();
+        if flags.has_userfaultfd() {
+            return Err(Errno::OPNOTSUPP);
+        }
         let backing = Backing::new(len as u64)?;
         if !copy_contents(area, &backing)? {
             return Ok(());
         }
-        let flags = VmFlags::at(start).unwrap_or_default();
         // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
         unsafe {
             backing.map_protected_at(start, len, 0, area.prot)?;
@@ -360,13 +364,13 @@ fn copy_contents(area: &Area, to: &Backing) -> Result<bool, Errno> {
     let pagemap = open_pagemap().ok();
     let may_lack_pages = area.file.is_some() && area.allows(false);
     let mut is_memory = area.file.is_none();
+    let mut bytes = vec![0; PAGE];
     for block in (area.start..area.end).step_by(BLOCK) {
         let end = (block + BLOCK).min(area.end);
         // A file has bytes also where this process has no page yet.
         let known = pagemap.as_ref().filter(|_| area.file.is_none());
         let pages = known.and_then(|pagemap| present_pages(pagemap, block, end));
         for page in pages.unwrap_or_else(|| (block..end).step_by(PAGE).collect()) {
-            let mut bytes = [0u8; PAGE];
             let read = memory.read(page, &mut bytes);
             is_memory |= read;
             if read && bytes.iter().any(|byte| *byte != 0) {

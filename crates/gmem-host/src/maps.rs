@@ -2,6 +2,7 @@
 
 use std::vec::Vec;
 
+use rustix::fd::AsFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
@@ -193,6 +194,12 @@ impl VmFlags {
         self.0.split_ascii_whitespace().any(|set| set == flag)
     }
 
+    /// Whether the mapping is registered with a userfaultfd, in any mode.
+    #[must_use]
+    pub fn has_userfaultfd(&self) -> bool {
+        ["um", "uw", "ui"].into_iter().any(|flag| self.has(flag))
+    }
+
     /// Those of the mapping at `address`. The file is read no further than it has to be: the kernel walks the pages of every
     /// mapping that it writes about.
     ///
@@ -202,9 +209,7 @@ impl VmFlags {
         let file = rustix::fs::open("/proc/self/smaps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
         let (mut text, mut inside) = (Vec::new(), false);
         loop {
-            let mut chunk = [0u8; 4096];
-            let n = rustix::io::read(&file, &mut chunk)?;
-            text.extend_from_slice(&chunk[..n]);
+            let n = read_more(&file, &mut text)?;
             let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
             if let Some(flags) = flags_in(&text[..whole], address, &mut inside) {
                 return Ok(flags);
@@ -259,13 +264,17 @@ fn parse(line: &str) -> Option<(Area, &str)> {
 pub(crate) fn read_all(path: &str) -> Result<Vec<u8>, Errno> {
     let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     let mut text = Vec::with_capacity(1 << 14);
-    loop {
-        let mut chunk = [0u8; 4096];
-        match rustix::io::read(&file, &mut chunk)? {
-            0 => return Ok(text),
-            n => text.extend_from_slice(&chunk[..n]),
-        }
-    }
+    while read_more(&file, &mut text)? > 0 {}
+    Ok(text)
+}
+
+/// Appends what comes next, up to a page; returns how much that is. Not by way of the stack: the thread is a client's.
+fn read_more(file: impl AsFd, text: &mut Vec<u8>) -> Result<usize, Errno> {
+    let before = text.len();
+    text.resize(before + 4096, 0);
+    let read = rustix::io::read(file, &mut text[before..]);
+    text.truncate(before + read.unwrap_or(0));
+    read
 }
 
 #[cfg(test)]

@@ -119,10 +119,15 @@ impl FileObject {
         const MAP_TYPE: u32 = 0x0f;
         const MAP_PRIVATE: u32 = 0x02;
         const MAP_SHARED_VALIDATE: u32 = 0x03;
+        const PROT_EXEC: u32 = 4;
         // mmap's own checks come before the file's.
         let known = (1..=MAP_SHARED_VALIDATE).contains(&(map.flags & MAP_TYPE));
         if map.len == 0 || !map.offset.is_multiple_of(gmem_core::addr::PAGE_SIZE) || !known {
             return Err(Errno::INVAL);
+        }
+        // `path_noexec()` in do_mmap().
+        if map.prot & PROT_EXEC != 0 && self.vm.profile.noexec {
+            return Err(Errno::PERM);
         }
         if !self.flags.contains(FileFlags::MMAP) {
             return Err(Errno::NODEV);

@@ -405,8 +405,13 @@ impl Process {
 
     /// The client moved, grew or shrank the mapping at `start`; with `keeps` the old one is still there.
     pub fn mapping_moved(&self, (start, old): (usize, usize), (base, new): (usize, usize), keeps: bool) {
-        let file = if self.mapping_count.load(Ordering::Relaxed) == 0 { None } else { self.mapped_at(start) };
-        let has_vm = self.vm_count.load(Ordering::Relaxed) > 0;
+        let (has_mappings, has_vm) =
+            (self.mapping_count.load(Ordering::Relaxed) > 0, self.vm_count.load(Ordering::Relaxed) > 0);
+        if !has_mappings && !has_vm {
+            return;
+        }
+        let _signals = SignalsBlocked::new();
+        let file = if has_mappings { self.mapped_at(start) } else { None };
         let ram =
             if has_vm { lock(&self.client).pick_up((start, old), (base, new), keeps) } else { Carried::default() };
         // Of private memory only the address is kept.
@@ -431,15 +436,19 @@ impl Process {
 
     /// `madvise`, as far as the host would answer it otherwise than the client expects.
     pub fn advice(&self, start: usize, len: usize, advice: i32) -> Answer<i32> {
+        if self.mapping_count.load(Ordering::Relaxed) == 0 && self.vm_count.load(Ordering::Relaxed) == 0 {
+            return Answer::Pass;
+        }
         let end = start.saturating_add(len);
+        let _signals = SignalsBlocked::new();
         match advice {
             // Folios of a guest_memfd are not collapsed for a mapping (mm/khugepaged.c, `file_thp_enabled`).
             advice::COLLAPSE if self.maps_file(start, end) => Answer::Done(Err(Errno::INVAL)),
-            advice::FREE if self.vm_count.load(Ordering::Relaxed) > 0 => {
+            advice::FREE => {
                 let freed = lock(&self.client).advise_free(start, len);
                 freed.map_or(Answer::Pass, |done| Answer::Done(done.map(|()| 0)))
             }
-            advice::REMOVE if self.vm_count.load(Ordering::Relaxed) > 0 => {
+            advice::REMOVE => {
                 let refused = lock(&self.client).refuses_removal(start, len);
                 refused.map_or(Answer::Pass, |error| Answer::Done(Err(error)))
             }
@@ -448,9 +457,6 @@ impl Process {
     }
 
     fn maps_file(&self, start: usize, end: usize) -> bool {
-        if self.mapping_count.load(Ordering::Relaxed) == 0 {
-            return false;
-        }
         let mappings = lock(&self.mappings);
         mappings.range(..end).next_back().is_some_and(|(_, (until, _))| *until > start)
     }
@@ -460,6 +466,7 @@ impl Process {
         if self.vm_count.load(Ordering::Relaxed) == 0 {
             return Ok(());
         }
+        let _signals = SignalsBlocked::new();
         lock(&self.client).advise_dontneed(start, len)
     }
 }

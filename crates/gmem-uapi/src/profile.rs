@@ -19,6 +19,8 @@ pub struct Profile {
     pub file_name: &'static str,
     /// Whether a guest_memfd answers FIONREAD and FIOQSIZE, as regular files do.
     pub answers_size_ioctls: bool,
+    /// Whether guest_memfds are on a mount that nothing can be executed from.
+    pub noexec: bool,
     /// Flags of `KVM_CREATE_GUEST_MEMFD`.
     pub file_flags: FileFlags,
     /// Whether `KVM_CAP_GUEST_MEMFD_FLAGS` exists.
@@ -37,6 +39,7 @@ pub static PROFILES: [Profile; 3] = [
         since: (0, 0),
         file_name: "anon_inode:[kvm-gmem]",
         answers_size_ioctls: true,
+        noexec: false,
         file_flags: FileFlags::empty(),
         reports_file_flags: false,
         pages_bound: Errno::INVAL,
@@ -56,6 +59,7 @@ pub static PROFILES: [Profile; 3] = [
         since: (6, 18),
         file_name: "anon_inode:[kvm-gmem]",
         answers_size_ioctls: false,
+        noexec: true,
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::INVAL,
@@ -73,6 +77,7 @@ pub static PROFILES: [Profile; 3] = [
         since: (7, 0),
         file_name: "/[kvm-gmem] (deleted)",
         answers_size_ioctls: false,
+        noexec: true,
         file_flags: FileFlags::MMAP.union(FileFlags::INIT_SHARED),
         reports_file_flags: true,
         pages_bound: Errno::EXIST,

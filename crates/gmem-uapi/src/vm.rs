@@ -445,7 +445,11 @@ impl VmObject {
             (file_only, usize::try_from(claim.userspace_addr), usize::try_from(claim.memory_size))
         {
             let mut client = lock(&self.client);
-            client.make_shareable(start, len)?;
+            client.make_shareable(start, len).inspect_err(|error| {
+                if *error == Errno::OPNOTSUPP {
+                    say_what_is_refused();
+                }
+            })?;
             window.learn_client(client.sources(&Maps::now()?, start, len));
         }
         let base = window.base() as u64;
@@ -513,14 +517,21 @@ fn collect<T>(items: impl Iterator<Item = T>) -> Result<Vec<T>, Errno> {
     Ok(all)
 }
 
-/// Says once why conversions fail that would succeed on a kernel with private memory: their author cannot know.
+/// Says once why calls fail that would succeed on a kernel with private memory: their author cannot know.
+fn say(said: &Once, words: &str) {
+    said.call_once(|| {
+        let _ = kvm::with_client_fd(2, |errors| rustix::io::write(errors, words.as_bytes()));
+    });
+}
+
 fn say_what_to_raise() {
     static SAID: Once = Once::new();
-    SAID.call_once(|| {
-        let words =
-            b"gmem: a conversion needs more mappings than a process may have: raise the sysctl vm.max_map_count\n";
-        let _ = kvm::with_client_fd(2, |errors| rustix::io::write(errors, words));
-    });
+    say(&SAID, "gmem: a conversion needs more mappings than a process may have: raise the sysctl vm.max_map_count\n");
+}
+
+fn say_what_is_refused() {
+    static SAID: Once = Once::new();
+    say(&SAID, "gmem: guest memory that is registered with a userfaultfd cannot be that of a VM with private memory\n");
 }
 
 fn real_region(claim: &Claim, userspace_addr: u64) -> MemoryRegion {

@@ -422,6 +422,8 @@ fn mapping_files_that_can_be() {
     let vm = client.vm(0);
     let fd = client.file(vm, 4 * PAGE, 3).expect("mappable and shared");
     assert_eq!(client.mmap(fd, PAGE, MapFlags::PRIVATE), Err(Errno::INVAL));
+    let executable = client.process.mmap(0, 4096, 5, MapFlags::SHARED.bits(), fd, 0);
+    assert_eq!(executable, Answer::Done(Err(Errno::PERM)));
     let at = client.mmap(fd, 4 * PAGE, MapFlags::SHARED).expect("mappable");
     let len = usize::try_from(4 * PAGE).expect("64 bits");
     // SAFETY: mapped a moment ago, four pages long, and nobody else has it.

@@ -100,7 +100,7 @@ impl<const WORDS: usize> Node for Bitmap<WORDS> {
     }
 
     fn boxed(value: bool) -> Box<Self> {
-        let new = Box::new(Self::blank());
+        let new = Box::new(const { Self::blank() });
         new.reset(value);
         new
     }

@@ -21,8 +21,22 @@ use once_cell::race::OnceBox;
 pub(super) struct Branch<N: Node, const FAN_OUT: usize> {
     tags: [AtomicU8; FAN_OUT],
     census: Census,
-    children: [OnceBox<N>; FAN_OUT],
-    dense: [OnceBox<N::Dense>; FAN_OUT],
+    children: Places<N, FAN_OUT>,
+    dense: Places<N::Dense, FAN_OUT>,
+}
+
+/// Where nodes come to be. On the heap, where it is made: the caller may be a client's thread, whose stack may not have the room.
+type Places<N, const FAN_OUT: usize> = Box<[OnceBox<N>; FAN_OUT]>;
+
+fn places<N, const FAN_OUT: usize>() -> Places<N, FAN_OUT> {
+    /// For no length but the right one.
+    #[cold]
+    #[inline(never)]
+    fn otherwise<N, const FAN_OUT: usize>() -> Places<N, FAN_OUT> {
+        Box::new([const { OnceBox::new() }; FAN_OUT])
+    }
+    let all: Box<[OnceBox<N>]> = (0..FAN_OUT).map(|_| OnceBox::new()).collect();
+    all.try_into().unwrap_or_else(|_| otherwise())
 }
 
 /// A child in the form that is attached.
@@ -159,8 +173,8 @@ impl<N: Node, const FAN_OUT: usize> Node for Branch<N, FAN_OUT> {
         Self {
             tags: core::array::from_fn(|_| AtomicU8::new(Values::only(value).bits())),
             census: Census::of(FAN_OUT as u64, Values::only(value)),
-            children: [const { OnceBox::new() }; FAN_OUT],
-            dense: [const { OnceBox::new() }; FAN_OUT],
+            children: places(),
+            dense: places(),
         }
     }
 
@@ -262,6 +276,7 @@ impl<N: Node, const FAN_OUT: usize> Node for Branch<N, FAN_OUT> {
     fn heap_bytes(&self) -> usize {
         let nodes = self.children.iter().filter_map(OnceBox::get);
         let dense = self.dense.iter().filter_map(OnceBox::get);
-        nodes.map(|node| size_of::<N>() + node.heap_bytes()).sum::<usize>() + dense.map(size_of_val).sum::<usize>()
+        let below = nodes.map(|node| size_of::<N>() + node.heap_bytes()).sum::<usize>();
+        below + dense.map(size_of_val).sum::<usize>() + size_of_val(&*self.children) + size_of_val(&*self.dense)
     }
 }

@@ -14,9 +14,9 @@
 //! |---|---|---|
 //! | leaf of 512 blocks | 1 GiB | 2052 |
 //! | leaf as a bitmap | 1 GiB | 32776 |
-//! | branch of 64 leaves, for sets of up to 64 GiB | 64 GiB | 1096 |
-//! | branch of 2048 leaves, for larger sets | 2 TiB | 34824 |
-//! | branch of 2048 branches | 4 PiB | 34824 |
+//! | branch of 64 leaves, for sets of up to 64 GiB | 64 GiB | 1112 |
+//! | branch of 2048 leaves, for larger sets | 2 TiB | 34840 |
+//! | branch of 2048 branches | 4 PiB | 34840 |
 //!
 //! The depth follows from the capacity, and nodes are allocated where a set becomes mixed. Up to 64 pages the set is one
 //! word, and up to 16 MiB it is a bitmap. At worst, one mixed page in each 1 GiB, a set without bitmaps takes 1/500,000 of the
@@ -96,7 +96,7 @@ type Pages52 = Branch<Pages40, 4096>;
 enum Root {
     Pages6(Bitmap<1>),
     Pages12(Lazy<Pages12>),
-    Pages18(Pages18),
+    Pages18(Lazy<Pages18>),
     Pages24(Lazy<Pages24>),
     /// [`PageSet::large`].
     Pages29,
