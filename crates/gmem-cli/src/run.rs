@@ -112,7 +112,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let mut command = Command::new(&path);
     command.arg0(program).args(rest);
-    exec(command, &config).or_else(|error| refuse(CANNOT_EXECUTE, format!("{}: {error:#}", path.display())))
+    exec(command, &config).or_else(|error| match error.downcast::<Refused>() {
+        Ok(refused) => Err(refused.into()),
+        Err(error) => refuse(CANNOT_EXECUTE, format!("{}: {error:#}", path.display())),
+    })
 }
 
 /// Becomes `command`, with the library in front of it if there is anything to provide. Returns only if that fails.

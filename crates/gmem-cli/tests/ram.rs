@@ -318,5 +318,10 @@ mod parts {
             assert_eq!(ram.advise(0, PAGE, advice), Err(libc::EINVAL), "it is locked");
         }
         assert_eq!(ram.get(0), FILLED);
+        let ram = Ram::filled(4 * PAGE);
+        assert_eq!(ram.advise(0, ram.len, libc::MADV_WIPEONFORK), Ok(()));
+        register(vm, 1, ram);
+        in_child(|| (0..ram.len).step_by(PAGE).all(|offset| ram.get(offset) == 0));
+        assert_eq!(ram.get(0), FILLED);
     }
 }

@@ -30,6 +30,8 @@ struct Moved {
     /// Offset of the first byte in the backing.
     offset: u64,
     was: Was,
+    /// A child of fork is to find zeros (`MADV_WIPEONFORK`).
+    wiped: bool,
     backing: Arc<Backing>,
 }
 
@@ -175,7 +177,8 @@ impl ClientMemory {
             backing::restore_flags(start, len, &flags);
         }
         self.forget(start, end);
-        self.moved.insert(start, Moved { end, offset: 0, was: area.into(), backing: Arc::new(backing) });
+        let wiped = flags.has("wf");
+        self.moved.insert(start, Moved { end, offset: 0, was: area.into(), wiped, backing: Arc::new(backing) });
         Ok(())
     }
 
@@ -327,9 +330,14 @@ impl ClientMemory {
         let Ok(maps) = Maps::now() else { return };
         for (start, moved) in moved.into_iter().filter(|(_, moved)| moved.was != Was::Shared) {
             for area in maps.areas(start, moved.end).into_iter().filter(|area| moved.is_in(start, area)) {
-                // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
-                let _ =
-                    unsafe { moved.backing.map_private_at(area.start, area.end - area.start, area.offset, area.prot) };
+                let (at, len) = (area.start, area.end - area.start);
+                // SAFETY: the client's mapping of this range is replaced by one with the contents that it expects.
+                let _ = unsafe {
+                    match moved.wiped {
+                        true => backing::map_new_at(at, len, area.prot),
+                        false => moved.backing.map_private_at(at, len, area.offset, area.prot),
+                    }
+                };
             }
         }
     }
@@ -422,7 +430,7 @@ mod tests {
         let backing = Arc::new(Backing::new(PAGE as u64).unwrap());
         backing.write(0, &[0x5a; PAGE]).unwrap();
         let mut memory = ClientMemory::default();
-        memory.moved.insert(PAGE, Moved { end: 2 * PAGE, offset: 0, was, backing: Arc::clone(&backing) });
+        memory.moved.insert(PAGE, Moved { end: 2 * PAGE, offset: 0, was, wiped: false, backing: Arc::clone(&backing) });
         memory.advise_dontneed(PAGE, 1).unwrap();
         let mut bytes = [1u8; PAGE];
         rustix::io::pread(backing.fd(), &mut bytes, 0).unwrap();
