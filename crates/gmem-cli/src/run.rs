@@ -164,7 +164,8 @@ fn profile(name: Option<&str>, native: &Native) -> Result<&'static Profile> {
 fn interpose(command: &mut Command, config: &Config) -> Result<OwnedFd> {
     let library = library().context("cannot make a memfd for the preload library")?;
     let number = library.as_raw_fd();
-    let mut preload = OsString::from(format!("/proc/self/fd/{number}"));
+    // With room for any other: the library's descriptor makes way for one of the client's.
+    let mut preload = OsString::from(format!("/proc/self/fd/{number:/>5}"));
     if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
         preload.push(":");
         preload.push(others);
@@ -172,7 +173,7 @@ fn interpose(command: &mut Command, config: &Config) -> Result<OwnedFd> {
     command.env("LD_PRELOAD", preload);
     command.env("GMEM_PROFILE", config.profile.name);
     command.env("GMEM_EMULATED_TYPES", config.emulated.to_string());
-    command.env("GMEM_LIBRARY_FD", number.to_string());
+    command.env("GMEM_LIBRARY_FD", format!("{number:05}"));
     Ok(library)
 }
 

@@ -2,6 +2,7 @@
 
 use std::vec::Vec;
 
+use rustix::fd::AsFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
@@ -26,6 +27,17 @@ pub struct FileId {
     pub device: u64,
     /// Number of the inode on it.
     pub inode: u64,
+}
+
+impl FileId {
+    /// That of an open file.
+    ///
+    /// # Errors
+    /// EBADF.
+    pub fn of(fd: impl AsFd) -> Result<Self, Errno> {
+        let stat = rustix::fs::fstat(fd)?;
+        Ok(Self { device: stat.st_dev, inode: stat.st_ino })
+    }
 }
 
 /// A piece of address space that is mapped in one way.

@@ -95,6 +95,7 @@ pub struct ForkGuard<'a> {
     _vms: MutexGuard<'a, Vec<Weak<VmObject>>>,
     _fds: table::Changes<'a, Entry>,
     _client: MutexGuard<'a, ClientMemory>,
+    _hidden: fds::Changes,
     /// A child may go on to use its parent's files.
     _states: Vec<HeldVm>,
     /// The last to go: a signal handler must not find the others.
@@ -240,7 +241,7 @@ impl Process {
         vm.expect_vcpu();
         // All that can run out first: a vCPU that exists cannot be taken back.
         let mut copy = fds::hidden_copy(vm.fd())?;
-        let fd = kvm::create_vcpu(vm.fd(), id)?;
+        let fd = kvm::create_vcpu(vm.fd().as_fd(), id)?;
         copy.become_copy_of(fd.as_fd())?;
         let vcpu = VcpuObject::new(copy, Arc::clone(vm), self.native.prefault)?;
         let fd = kvm::into_client(fd);
@@ -343,6 +344,8 @@ impl Process {
             _vms: vms,
             _fds: self.fds.changes(),
             _client: lock(&self.client),
+            // Those who hold the others may need it.
+            _hidden: fds::changes(),
         }
     }
 
@@ -351,6 +354,7 @@ impl Process {
         let _signals = SignalsBlocked::new();
         address_space::enter();
         self.fds.is_child();
+        fds::is_child();
         lock(&self.client).make_private();
         // No VM is the child's.
         lock(&self.vms).clear();
@@ -505,9 +509,10 @@ fn enable_cap(vm: &VmObject, arg: Argument) -> Answer<i32> {
         return Answer::Pass;
     }
     // The older form ignores what it does not know.
-    let known = if claim.cap == cap::DISABLE_QUIRKS { kvm::check_extension(vm.fd(), cap::DISABLE_QUIRKS2) } else { -1 };
+    let known =
+        if claim.cap == cap::DISABLE_QUIRKS { kvm::check_extension(vm.fd().as_fd(), cap::DISABLE_QUIRKS2) } else { -1 };
     let quirks = claim.args[0] & u64::from_ne_bytes(i64::from(known).to_ne_bytes());
-    Answer::Done(kvm::disable_quirks(vm.fd(), quirks).map(|()| 0))
+    Answer::Done(kvm::disable_quirks(vm.fd().as_fd(), quirks).map(|()| 0))
 }
 
 fn region_claim(region: &MemoryRegion, file: FileClaim, guest_memfd_offset: u64) -> Claim {
