@@ -17,6 +17,7 @@ fn client() {
         "refusals" => parts::refusals(),
         "forks" => parts::forks(),
         "hidden" => parts::hidden(),
+        "stale" => parts::stale(),
         _ => {}
     }
 }
@@ -61,10 +62,15 @@ fn a_client_may_have_the_numbers_of_gmems_own_descriptors() {
     under_gmem("hidden");
 }
 
+#[test]
+fn a_number_that_was_closed_unseen_is_its_next_files() {
+    under_gmem("stale");
+}
+
 mod parts {
     use crate::common::{
-        KVM_CREATE_GUEST_MEMFD, KVM_CREATE_VCPU, KVM_RUN, KVM_SET_USER_MEMORY_REGION, PRIVATE, create_file, ioctl,
-        protected_vm, set_attributes,
+        KVM_CREATE_GUEST_MEMFD, KVM_CREATE_VCPU, KVM_CREATE_VM, KVM_RUN, KVM_SET_USER_MEMORY_REGION, PRIVATE,
+        create_file, ioctl, open_kvm, protected_vm, set_attributes,
     };
     use std::ffi::{CStr, CString, c_char, c_int, c_long, c_void};
     use std::ptr::{null, null_mut};
@@ -505,5 +511,41 @@ mod parts {
         let child = std::process::Command::new("/bin/sh").args(["-c", script, &library.to_string()]).output();
         let child = child.expect("a child");
         assert!(child.status.success() && child.stderr.is_empty(), "it has the library: {child:?}");
+    }
+
+    /// By an instruction that gmem does not stand in front of.
+    fn close_unseen(fd: c_int) {
+        let mut result = libc::SYS_close;
+        // SAFETY: closes a descriptor that nobody uses any more.
+        unsafe {
+            std::arch::asm!("syscall", inout("rax") result, in("rdi") i64::from(fd), lateout("rcx") _, lateout("r11") _);
+        }
+        assert_eq!(result, 0);
+    }
+
+    pub(super) fn stale() {
+        let fd = file();
+        close_unseen(fd);
+        // SAFETY: no descriptor.
+        assert_eq!(result(unsafe { libc::ftruncate(fd, 0) }), Err(libc::EBADF));
+        let fd = file();
+        close_unseen(fd);
+        assert_eq!(memfd(), fd, "the lowest number");
+        let mut bytes = [0u8; 4];
+        // SAFETY: an ordinary file, and a buffer of four bytes.
+        unsafe {
+            assert_eq!((libc::read(fd, bytes.as_mut_ptr().cast(), 4), &bytes), (4, b"four"));
+            assert_eq!(result(libc::lseek(fd, 0, libc::SEEK_END)), Ok(4));
+            let mut stat: libc::stat = std::mem::zeroed();
+            assert_eq!((libc::fstat(fd, &raw mut stat), stat.st_nlink), (0, 0), "a memfd has no link");
+            let page = libc::mmap(null_mut(), 4096, libc::PROT_READ, libc::MAP_SHARED, fd, 0);
+            assert_eq!(page.cast::<[u8; 4]>().read(), *b"four");
+        }
+        close_unseen(fd);
+        assert_eq!(file(), fd, "the lowest number");
+        assert!(is_guest_memfd(fd));
+        close_unseen(fd);
+        assert_eq!(open_kvm(), Ok(fd), "the lowest number");
+        assert!(ioctl(fd, KVM_CREATE_VM, 1).is_ok());
     }
 }

@@ -9,6 +9,7 @@ use gmem_core::ops::{Claim, FileClaim};
 use gmem_core::slot::SlotFlags;
 use gmem_host::client::{Carried, ClientMemory};
 use gmem_host::kvm::RunMapping;
+use gmem_host::maps::FileId;
 use gmem_host::sys::{Argument, SignalsBlocked};
 use gmem_host::table::{self, Table};
 use gmem_host::{address_space, fds, kvm};
@@ -130,10 +131,25 @@ impl Process {
     }
 
     fn file(&self, fd: i32) -> Option<Arc<FileObject>> {
-        match &*self.entry(fd)? {
-            Entry::File(file) => Some(Arc::clone(file)),
-            Entry::Vm(_) | Entry::Vcpu(_) => None,
+        self.file_of(fd, &self.entry(fd)?)
+    }
+
+    /// The file of `fd`, whose entry is given. A descriptor may have been closed unseen, by an instruction of the client's own,
+    /// and its number may be another file's.
+    fn file_of(&self, fd: i32, entry: &Arc<Entry>) -> Option<Arc<FileObject>> {
+        let Entry::File(file) = &**entry else { return None };
+        if kvm::with_client_fd(fd, |fd| FileId::of(fd)).is_ok_and(|found| file.placeholder == Some(found)) {
+            return Some(Arc::clone(file));
         }
+        // A child of vfork has descriptors of its own.
+        if address_space::is_own() {
+            let _signals = SignalsBlocked::new();
+            let gone = self.fds.remove(fd, entry, |_| {
+                self.file_count.fetch_sub(1, Ordering::Relaxed);
+            });
+            drop(gone);
+        }
+        None
     }
 
     fn replace(&self, fd: i32, entry: Option<Arc<Entry>>) {
@@ -155,15 +171,18 @@ impl Process {
             let refused = !sizes && !abi::VFS_IOCTLS.contains(&request) && self.file(fd).is_some();
             return if refused { Answer::Done(Err(Errno::NOTTY)) } else { Answer::Pass };
         }
-        match self.entry(fd).as_deref() {
+        let entry = self.entry(fd);
+        match entry.as_deref() {
             Some(Entry::Vcpu(vcpu)) if request == abi::RUN && arg.value() == 0 => Answer::Done(vcpu.run()),
             Some(Entry::Vcpu(vcpu)) => vcpu_ioctl(vcpu, request, arg),
             Some(Entry::Vm(vm)) => {
                 let _signals = SignalsBlocked::new();
                 self.vm_ioctl(vm, request, arg)
             }
-            Some(Entry::File(_)) => Answer::Done(Err(Errno::NOTTY)),
-            None => self.system_ioctl(fd, request, arg),
+            Some(Entry::File(_)) if entry.as_ref().is_some_and(|entry| self.file_of(fd, entry).is_some()) => {
+                Answer::Done(Err(Errno::NOTTY))
+            }
+            Some(Entry::File(_)) | None => self.system_ioctl(fd, request, arg),
         }
     }
 
@@ -253,8 +272,10 @@ impl Process {
         let claim: CreateGuestMemfd = abi::read(arg)?;
         let id = vm.create_file(claim.size, claim.flags)?;
         let flags = FileFlags::from_bits_truncate(claim.flags);
-        let file = FileObject { vm: Arc::clone(vm), id, size: claim.size, flags };
-        let fd = kvm::into_client(fds::placeholder(claim.size)?);
+        let mut file = FileObject { vm: Arc::clone(vm), id, size: claim.size, flags, placeholder: None };
+        let fd = fds::placeholder(claim.size)?;
+        file.placeholder = Some(FileId::of(&fd)?);
+        let fd = kvm::into_client(fd);
         self.replace(fd, Some(Arc::new(Entry::File(Arc::new(file)))));
         Ok(fd)
     }
