@@ -18,6 +18,7 @@ fn client() {
         "forks" => parts::forks(),
         "hidden" => parts::hidden(),
         "stale" => parts::stale(),
+        "limits" => parts::limits(),
         _ => {}
     }
 }
@@ -65,6 +66,11 @@ fn a_client_may_have_the_numbers_of_gmems_own_descriptors() {
 #[test]
 fn a_number_that_was_closed_unseen_is_its_next_files() {
     under_gmem("stale");
+}
+
+#[test]
+fn the_limit_of_file_sizes_holds_for_all_but_guest_memfds() {
+    under_gmem("limits");
 }
 
 mod parts {
@@ -547,5 +553,41 @@ mod parts {
         close_unseen(fd);
         assert_eq!(open_kvm(), Ok(fd), "the lowest number");
         assert!(ioctl(fd, KVM_CREATE_VM, 1).is_ok());
+    }
+
+    pub(super) fn limits() {
+        use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+        const FILES: usize = 3000;
+        static SIGNALS: AtomicUsize = AtomicUsize::new(0);
+        extern "C" fn count(_: c_int) {
+            SIGNALS.fetch_add(1, Ordering::Relaxed);
+        }
+        let limit = libc::rlimit { rlim_cur: 4096, rlim_max: libc::RLIM_INFINITY };
+        let (vm, ordinary, done) = (protected_vm(), memfd(), AtomicBool::new(false));
+        // SAFETY: a limit and signals of this process's own.
+        unsafe {
+            assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit), 0);
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+            libc::signal(libc::SIGCHLD, count as *const () as usize);
+        }
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    // SAFETY: a constant.
+                    let written = unsafe { libc::pwrite(ordinary, c"four".as_ptr().cast(), 4, 8192) };
+                    assert_eq!(sized(written), Err(libc::EFBIG));
+                }
+            });
+            for _ in 0..FILES {
+                // SAFETY: a descriptor of this function's.
+                unsafe { libc::close(create_file(vm, SIZE).expect("a file")) };
+            }
+            done.store(true, Ordering::Relaxed);
+            writer.join().expect("no write goes beyond the limit");
+        });
+        // SAFETY: no child is expected.
+        let child = unsafe { libc::waitpid(-1, null_mut(), libc::WNOHANG | libc::__WALL) };
+        assert_eq!(result(child), Err(libc::ECHILD));
+        assert_eq!(SIGNALS.load(Ordering::Relaxed), 0);
     }
 }

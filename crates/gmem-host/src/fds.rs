@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use rustix::fs::{MemfdFlags, Mode, SealFlags};
 use rustix::io::Errno;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, getrlimit};
 use rustix::thread::{Timespec, nanosleep};
 
-use crate::sys::SignalsBlocked;
+use crate::sys::{self, SignalsBlocked};
 
 /// A descriptor of gmem's own in the client's process. A client that closes all descriptors it does not know, as daemons and
 /// jailers do, does not close this one: whoever stands in front of `close` asks [`next_hidden`]. And where the client puts one of
@@ -250,22 +250,19 @@ fn copy_out_of_the_way(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     copy(high).or_else(|_| copy(3)).or_else(|_| copy(0))
 }
 
-/// Gives a new file its size. The process's file size limit, which no guest_memfd has, is lifted meanwhile.
+/// Gives a new file its size. The process's file size limit, which no guest_memfd has, does not count as far as it may be lifted.
 ///
 /// # Errors
-/// EFBIG beyond a limit that may not be lifted; the kernel would also send SIGXFSZ.
+/// EFBIG beyond a limit that may not be lifted, EAGAIN if that takes a process more than there may be.
 pub(crate) fn set_size(fd: impl AsFd, size: u64) -> Result<(), Errno> {
     let limit = getrlimit(Resource::Fsize);
     let allows = |most: Option<u64>| most.is_none_or(|most| size <= most);
     match (allows(limit.current), allows(limit.maximum)) {
         (true, _) => rustix::fs::ftruncate(&fd, size),
+        // The kernel would also send SIGXFSZ.
         (false, false) => Err(Errno::FBIG),
-        (false, true) => {
-            setrlimit(Resource::Fsize, Rlimit { current: limit.maximum, ..limit })?;
-            let done = rustix::fs::ftruncate(&fd, size);
-            setrlimit(Resource::Fsize, limit)?;
-            done
-        }
+        // Not by this process: what its other threads write must stay within the limit.
+        (false, true) => sys::truncate_under_limit(fd.as_fd(), size, [limit.maximum.unwrap_or(u64::MAX); 2]),
     }
 }
 
