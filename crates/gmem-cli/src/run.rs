@@ -172,13 +172,12 @@ fn interpose(command: &mut Command, config: &Config) -> Result<OwnedFd> {
         error => refuse(FAILED, format!("cannot make a memfd for gmem's library ({error})")),
     })?;
     let number = library.as_raw_fd();
-    let path = format!("/proc/self/fd/{number}");
+    // With room for any other: the library's descriptor makes way for one of the client's.
+    let path = format!("/proc/self/fd/{number:/>5}");
     // The program's dynamic linker would go on without the library.
     if let Err(error) = std::fs::File::open(&path) {
-        return refuse(
-            FAILED,
-            format!("the program could not load gmem's library, {path} ({error}): is /proc mounted?"),
-        );
+        let why = format!("the program could not load gmem's library, {path} ({error}): is /proc mounted?");
+        return refuse(FAILED, why);
     }
     let mut preload = OsString::from(path);
     if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
@@ -188,7 +187,7 @@ fn interpose(command: &mut Command, config: &Config) -> Result<OwnedFd> {
     command.env("LD_PRELOAD", preload);
     command.env("GMEM_PROFILE", config.profile.name);
     command.env("GMEM_EMULATED_TYPES", config.emulated.to_string());
-    command.env("GMEM_LIBRARY_FD", number.to_string());
+    command.env("GMEM_LIBRARY_FD", format!("{number:05}"));
     Ok(library)
 }
 

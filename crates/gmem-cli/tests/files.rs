@@ -16,6 +16,9 @@ fn client() {
         "fortified" => parts::fortified(),
         "refusals" => parts::refusals(),
         "forks" => parts::forks(),
+        "hidden" => parts::hidden(),
+        "stale" => parts::stale(),
+        "limits" => parts::limits(),
         _ => {}
     }
 }
@@ -55,8 +58,26 @@ fn a_child_has_its_own_memory_however_it_was_made() {
     under_gmem("forks");
 }
 
+#[test]
+fn a_client_may_have_the_numbers_of_gmems_own_descriptors() {
+    under_gmem("hidden");
+}
+
+#[test]
+fn a_number_that_was_closed_unseen_is_its_next_files() {
+    under_gmem("stale");
+}
+
+#[test]
+fn the_limit_of_file_sizes_holds_for_all_but_guest_memfds() {
+    under_gmem("limits");
+}
+
 mod parts {
-    use crate::common::{KVM_CREATE_GUEST_MEMFD, KVM_SET_USER_MEMORY_REGION, ioctl, protected_vm};
+    use crate::common::{
+        KVM_CREATE_GUEST_MEMFD, KVM_CREATE_VCPU, KVM_CREATE_VM, KVM_RUN, KVM_SET_USER_MEMORY_REGION, PRIVATE,
+        create_file, ioctl, open_kvm, protected_vm, set_attributes,
+    };
     use std::ffi::{CStr, CString, c_char, c_int, c_long, c_void};
     use std::ptr::{null, null_mut};
 
@@ -435,5 +456,138 @@ mod parts {
         child_writes(ram, "clone3 by number", || call(libc::SYS_clone3, &[claim, 64]).unwrap());
         // SAFETY: as above.
         child_writes(ram, "fork", || i64::from(unsafe { libc::fork() }));
+    }
+
+    /// A vCPU that comes back from KVM_RUN at once.
+    fn vcpu_that_does_not_run(vm: c_int) -> c_int {
+        let vcpu = ioctl(vm, KVM_CREATE_VCPU, 0).expect("a vCPU");
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        // SAFETY: a new mapping of `struct kvm_run`, whose second byte is `immediate_exit`.
+        unsafe {
+            let run = libc::mmap(null_mut(), 4096, prot, flags, vcpu, 0);
+            assert_ne!(run, libc::MAP_FAILED);
+            run.cast::<u8>().add(1).write_volatile(1);
+        }
+        vcpu
+    }
+
+    pub(super) fn hidden() {
+        const LIMIT: c_int = 512;
+        let limit = libc::rlimit { rlim_cur: 512, rlim_max: 1024 };
+        // SAFETY: a limit of this process's own.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }, 0);
+        let library: c_int = std::env::var("GMEM_LIBRARY_FD").unwrap().parse().unwrap();
+        let vm = protected_vm();
+        let fd = create_file(vm, SIZE).expect("a file");
+        let vcpu = vcpu_that_does_not_run(vm);
+        let clients = memfd();
+        // SAFETY: descriptors of this function's, and numbers above all that it knows.
+        unsafe {
+            assert_eq!(result(libc::fallocate(fd, 1, 0, 8192)), Ok(0));
+            for number in 300..LIMIT {
+                assert_eq!(result(libc::dup2(9999, number)), Err(libc::EBADF));
+            }
+            let put = |number: c_int| match number % 4 {
+                0 => result(libc::dup2(clients, number)),
+                1 => result(libc::dup3(clients, number, 0)),
+                2 => call(libc::SYS_dup2, &[clients.into(), number.into()]),
+                _ => call(libc::SYS_dup3, &[clients.into(), number.into(), 0]),
+            };
+            let numbers = || (300..LIMIT).chain(Some(library).filter(|library| *library >= LIMIT));
+            let limit = libc::rlimit { rlim_cur: 1024, ..limit };
+            for number in 300..LIMIT {
+                assert_eq!(put(number), Ok(number.into()));
+            }
+            assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
+            assert_eq!(put(library), Ok(library.into()));
+            assert_eq!(ioctl(vcpu, KVM_RUN, 0), Err(libc::EINTR));
+            assert_eq!(set_attributes(vm, 0, SIZE, PRIVATE), Ok(0));
+            assert_eq!(result(libc::fallocate(fd, 3, 0, 4096)), Ok(0), "a hole in the guest_memfd");
+            assert_eq!(result(libc::fallocate(fd, 1, 0, 4096)), Ok(0));
+            let mut bytes = [0u8; 4];
+            for number in numbers() {
+                assert_eq!(libc::pread(number, bytes.as_mut_ptr().cast(), 4, 0), 4);
+                assert_eq!(&bytes, b"four", "what is at {number} is the client's, and as it was");
+                assert_eq!(result(libc::close(number)), Ok(0));
+                assert_eq!(result(libc::fcntl(number, libc::F_GETFD)), Err(libc::EBADF), "{number} is closed");
+            }
+            assert_eq!(ioctl(vcpu, KVM_RUN, 0), Err(libc::EINTR));
+        }
+        let script = "test -e \"${LD_PRELOAD%%:*}\" && test ! -e /proc/self/fd/$0";
+        let child = std::process::Command::new("/bin/sh").args(["-c", script, &library.to_string()]).output();
+        let child = child.expect("a child");
+        assert!(child.status.success() && child.stderr.is_empty(), "it has the library: {child:?}");
+    }
+
+    /// By an instruction that gmem does not stand in front of.
+    fn close_unseen(fd: c_int) {
+        let mut result = libc::SYS_close;
+        // SAFETY: closes a descriptor that nobody uses any more.
+        unsafe {
+            std::arch::asm!("syscall", inout("rax") result, in("rdi") i64::from(fd), lateout("rcx") _, lateout("r11") _);
+        }
+        assert_eq!(result, 0);
+    }
+
+    pub(super) fn stale() {
+        let fd = file();
+        close_unseen(fd);
+        // SAFETY: no descriptor.
+        assert_eq!(result(unsafe { libc::ftruncate(fd, 0) }), Err(libc::EBADF));
+        let fd = file();
+        close_unseen(fd);
+        assert_eq!(memfd(), fd, "the lowest number");
+        let mut bytes = [0u8; 4];
+        // SAFETY: an ordinary file, and a buffer of four bytes.
+        unsafe {
+            assert_eq!((libc::read(fd, bytes.as_mut_ptr().cast(), 4), &bytes), (4, b"four"));
+            assert_eq!(result(libc::lseek(fd, 0, libc::SEEK_END)), Ok(4));
+            let mut stat: libc::stat = std::mem::zeroed();
+            assert_eq!((libc::fstat(fd, &raw mut stat), stat.st_nlink), (0, 0), "a memfd has no link");
+            let page = libc::mmap(null_mut(), 4096, libc::PROT_READ, libc::MAP_SHARED, fd, 0);
+            assert_eq!(page.cast::<[u8; 4]>().read(), *b"four");
+        }
+        close_unseen(fd);
+        assert_eq!(file(), fd, "the lowest number");
+        assert!(is_guest_memfd(fd));
+        close_unseen(fd);
+        assert_eq!(open_kvm(), Ok(fd), "the lowest number");
+        assert!(ioctl(fd, KVM_CREATE_VM, 1).is_ok());
+    }
+
+    pub(super) fn limits() {
+        use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+        const FILES: usize = 3000;
+        static SIGNALS: AtomicUsize = AtomicUsize::new(0);
+        extern "C" fn count(_: c_int) {
+            SIGNALS.fetch_add(1, Ordering::Relaxed);
+        }
+        let limit = libc::rlimit { rlim_cur: 4096, rlim_max: libc::RLIM_INFINITY };
+        let (vm, ordinary, done) = (protected_vm(), memfd(), AtomicBool::new(false));
+        // SAFETY: a limit and signals of this process's own.
+        unsafe {
+            assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit), 0);
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+            libc::signal(libc::SIGCHLD, count as *const () as usize);
+        }
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    // SAFETY: a constant.
+                    let written = unsafe { libc::pwrite(ordinary, c"four".as_ptr().cast(), 4, 8192) };
+                    assert_eq!(sized(written), Err(libc::EFBIG));
+                }
+            });
+            for _ in 0..FILES {
+                // SAFETY: a descriptor of this function's.
+                unsafe { libc::close(create_file(vm, SIZE).expect("a file")) };
+            }
+            done.store(true, Ordering::Relaxed);
+            writer.join().expect("no write goes beyond the limit");
+        });
+        // SAFETY: no child is expected.
+        let child = unsafe { libc::waitpid(-1, null_mut(), libc::WNOHANG | libc::__WALL) };
+        assert_eq!(result(child), Err(libc::ECHILD));
+        assert_eq!(SIGNALS.load(Ordering::Relaxed), 0);
     }
 }

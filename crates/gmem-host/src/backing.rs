@@ -2,12 +2,11 @@
 
 use core::ffi::c_void;
 
-use rustix::fd::{AsFd, BorrowedFd};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MlockFlags, MremapFlags, ProtFlags};
 
-use crate::fds::{self, Hidden};
+use crate::fds::{self, Held, Hidden};
 use crate::maps::{FileId, VmFlags};
 
 /// Pages that gmem owns and that no descriptor of the client names.
@@ -35,21 +34,20 @@ impl Backing {
     /// # Errors
     /// EINVAL if there are more already, EFBIG beyond the process's file size limit.
     pub(crate) fn grow(&self, at_most: u64, size: u64) -> Result<(), Errno> {
-        let now = u64::try_from(rustix::fs::fstat(&self.fd)?.st_size).unwrap_or(u64::MAX);
-        if now > at_most { Err(Errno::INVAL) } else { fds::set_size(&self.fd, size) }
+        let now = u64::try_from(rustix::fs::fstat(self.fd.hold())?.st_size).unwrap_or(u64::MAX);
+        if now > at_most { Err(Errno::INVAL) } else { fds::set_size(self.fd.hold(), size) }
     }
 
     /// What `/proc/self/maps` calls it.
     #[must_use]
     pub(crate) fn id(&self) -> Option<FileId> {
-        let stat = rustix::fs::fstat(&self.fd).ok()?;
-        Some(FileId { device: stat.st_dev, inode: stat.st_ino })
+        FileId::of(self.fd.hold()).ok()
     }
 
     /// Its descriptor.
     #[must_use]
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    pub fn fd(&self) -> Held<'_> {
+        self.fd.hold()
     }
 
     /// Maps the memory where and how the client asks for it.
@@ -66,7 +64,7 @@ impl Backing {
     ) -> Result<usize, Errno> {
         let (prot, flags) = (ProtFlags::from_bits_retain(prot), MapFlags::from_bits_retain(flags));
         // SAFETY: the client asked for exactly this call; what it replaces with MAP_FIXED is its own decision.
-        unsafe { rustix::mm::mmap(pointer(address), len, prot, flags, &self.fd, offset) }.map(|base| base.addr())
+        unsafe { rustix::mm::mmap(pointer(address), len, prot, flags, self.fd.hold(), offset) }.map(|base| base.addr())
     }
 
     /// Writes into the memory.
@@ -74,7 +72,7 @@ impl Backing {
     /// # Errors
     /// ENOMEM, ENOSPC.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
-        match rustix::io::pwrite(&self.fd, bytes, offset)? {
+        match rustix::io::pwrite(self.fd.hold(), bytes, offset)? {
             n if n == bytes.len() => Ok(()),
             _ => Err(Errno::IO),
         }
@@ -85,7 +83,7 @@ impl Backing {
     /// # Errors
     /// ENOMEM, ENOSPC, EINTR.
     pub fn allocate(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        rustix::fs::fallocate(&self.fd, FallocateFlags::KEEP_SIZE, offset, len)
+        rustix::fs::fallocate(self.fd.hold(), FallocateFlags::KEEP_SIZE, offset, len)
     }
 
     /// Takes the memory of the bytes `[offset, offset + len)` away, and every mapping of it.
@@ -93,7 +91,7 @@ impl Backing {
     /// # Errors
     /// None is expected; passed on if there is one.
     pub fn punch(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        rustix::fs::fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+        rustix::fs::fallocate(self.fd.hold(), FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
     }
 
     /// Maps bytes at a fixed address, replacing what is there in one step.
@@ -136,7 +134,7 @@ impl Backing {
     unsafe fn map_fixed(&self, at: usize, len: usize, offset: u64, prot: u32, kind: MapFlags) -> Result<(), Errno> {
         let (flags, prot) = (kind | MapFlags::FIXED, ProtFlags::from_bits_retain(prot));
         // SAFETY: the caller owns the target range.
-        unsafe { rustix::mm::mmap(pointer(at), len, prot, flags, &self.fd, offset) }.map(|_| ())
+        unsafe { rustix::mm::mmap(pointer(at), len, prot, flags, self.fd.hold(), offset) }.map(|_| ())
     }
 }
 

@@ -29,6 +29,17 @@ pub struct FileId {
     pub inode: u64,
 }
 
+impl FileId {
+    /// That of an open file.
+    ///
+    /// # Errors
+    /// EBADF.
+    pub fn of(fd: impl AsFd) -> Result<Self, Errno> {
+        let stat = rustix::fs::fstat(fd)?;
+        Ok(Self { device: stat.st_dev, inode: stat.st_ino })
+    }
+}
+
 /// A piece of address space that is mapped in one way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Area {

@@ -61,6 +61,66 @@ pub unsafe fn ioctl(fd: BorrowedFd<'_>, request: u32, arg: usize) -> Result<i32,
     i32::try_from(value).map_err(|_| Errno::OVERFLOW)
 }
 
+/// `ftruncate` under the file size limit `limit`, its current and its maximal value, by a child whose limits are its own. All else
+/// it shares with this process, and it is gone when this returns.
+///
+/// # Errors
+/// The kernel's; EAGAIN if there may be no more processes.
+pub(crate) fn truncate_under_limit(fd: BorrowedFd<'_>, size: u64, limit: [u64; 2]) -> Result<(), Errno> {
+    const SYS_CLONE: usize = 56;
+    const SYS_WAIT4: usize = 61;
+    /// `CLONE_VM`, `CLONE_FS`, `CLONE_FILES` and `CLONE_VFORK`, and no signal at its end.
+    const FLAGS: usize = 0x100 | 0x200 | 0x400 | 0x4000;
+    const WALL: usize = 0x4000_0000;
+    // The child must not run the client's handlers.
+    let _signals = SignalsBlocked::new();
+    let mut done = -1isize;
+    let mut pid = SYS_CLONE.cast_signed();
+    // SAFETY: the registers are those of the x86-64 kernel ABI. The child has this stack, while this thread waits for its end;
+    // it leaves the stack alone, writes `done` and ends within these instructions. `prlimit64` reads `limit`.
+    unsafe {
+        asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor edi, edi",
+            "mov esi, 1", // RLIMIT_FSIZE
+            "mov rdx, {limit}",
+            "xor r10d, r10d",
+            "mov eax, 302", // prlimit64
+            "syscall",
+            "mov rdi, {fd}",
+            "mov rsi, {size}",
+            "mov eax, 77", // ftruncate
+            "syscall",
+            "mov [{done}], rax",
+            "xor edi, edi",
+            "mov eax, 60", // exit
+            "syscall",
+            "ud2",
+            "2:",
+            limit = in(reg) limit.as_ptr(),
+            fd = in(reg) i64::from(fd.as_raw_fd()),
+            size = in(reg) size,
+            done = in(reg) &raw mut done,
+            inout("rax") pid,
+            inout("rdi") FLAGS => _,
+            inout("rsi") 0usize => _,
+            inout("rdx") 0usize => _,
+            inout("r10") 0usize => _,
+            in("r8") 0usize,
+            out("rcx") _,
+            out("r11") _,
+            options(nostack)
+        );
+    }
+    let error = |value: isize| i32::try_from(-value).map_or(Errno::INVAL, Errno::from_raw_os_error);
+    let pid = usize::try_from(pid).map_err(|_| error(pid))?;
+    // SAFETY: of a child of this function's.
+    let _ = unsafe { syscall6(SYS_WAIT4, [pid, 0, WALL, 0, 0, 0]) };
+    if done == 0 { Ok(()) } else { Err(error(done)) }
+}
+
 /// While it lives, this thread takes no signals.
 ///
 /// A signal handler of the client may call into gmem; it must not find this thread holding a lock that the call needs.

@@ -5,7 +5,7 @@
 //! takes out of the table is given up once no look-up is under way.
 
 use core::array;
-use core::ptr::null_mut;
+use core::ptr::{self, null_mut};
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -103,9 +103,27 @@ impl<T> Table<T> {
     /// among it, which may be much work to drop. To be called with signals blocked.
     #[must_use]
     pub fn replace(&self, fd: i32, entry: Option<Arc<T>>, look: impl FnOnce(Option<&T>)) -> Vec<Arc<T>> {
-        let mut changes = self.changes();
+        let changes = self.changes();
         let place = if entry.is_some() { self.place_or_new(fd) } else { self.place(fd) };
-        let Some(place) = place else { return Vec::new() };
+        place.map_or_else(Vec::new, |place| self.swap(changes, place, entry, look))
+    }
+
+    /// Takes the entry for `fd` out, as [`replace`](Self::replace) does, if it is still `entry`.
+    #[must_use]
+    pub fn remove(&self, fd: i32, entry: &Arc<T>, look: impl FnOnce(Option<&T>)) -> Vec<Arc<T>> {
+        let changes = self.changes();
+        let same = |place: &&AtomicPtr<T>| ptr::eq(place.load(Ordering::Relaxed), Arc::as_ptr(entry));
+        let place = self.place(fd).filter(same);
+        place.map_or_else(Vec::new, |place| self.swap(changes, place, None, look))
+    }
+
+    fn swap(
+        &self,
+        mut changes: Changes<'_, T>,
+        place: &AtomicPtr<T>,
+        entry: Option<Arc<T>>,
+        look: impl FnOnce(Option<&T>),
+    ) -> Vec<Arc<T>> {
         let new = entry.map_or(null_mut(), |entry| Arc::into_raw(entry).cast_mut());
         let old = place.swap(new, Ordering::SeqCst);
         // SAFETY: the pointer comes from `Arc::into_raw` a few lines above, and only one change takes it out.
@@ -212,6 +230,11 @@ mod tests {
         }
         assert_eq!(set(&table, 63, None), [Arc::new(63)]);
         assert!(!table.contains(63));
+        let (old, new) = (table.get(0).unwrap(), Arc::new(0));
+        drop(set(&table, 0, Some(Arc::clone(&new))));
+        assert!(table.remove(0, &old, |_| ()).is_empty() && table.contains(0));
+        assert_eq!(table.remove(0, &new, |seen| assert_eq!(seen, Some(&0))), [Arc::new(0)]);
+        assert!(!table.contains(0));
     }
 
     #[test]

@@ -116,11 +116,14 @@ export! {
     }
 
     fn dup2(fd: c_int, copy: c_int) -> c_int {
-        if fd == copy { real::dup2(fd, copy) } else { duplicated(fd, real::dup2(fd, copy)) }
+        if fd == copy {
+            return real::dup2(fd, copy);
+        }
+        duplicated(fd, library::make_way(copy, || real::dup2(fd, copy)))
     }
 
     fn dup3(fd: c_int, copy: c_int, flags: c_int) -> c_int {
-        duplicated(fd, real::dup3(fd, copy, flags))
+        duplicated(fd, library::make_way(copy, || real::dup3(fd, copy, flags)))
     }
 
     fn fcntl(fd: c_int, command: c_int, arg: usize) -> c_int {

@@ -126,6 +126,7 @@ pub(crate) fn resolve_all() {
         let _ = ioctl(-1, 0, 0);
         let _ = close(-1);
         let _ = dup2(-1, -1);
+        let _ = dup3(-1, -1, 0);
         let _ = read(-1, std::ptr::null_mut(), 0);
         let _ = write(-1, std::ptr::null(), 0);
         let _ = madvise(0, 0, 0);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use gmem_core::file::{FileFlags, FileId};
 use gmem_core::vendor::Side;
 use gmem_host::backing::Backing;
+use gmem_host::maps;
 use gmem_host::sys::SignalsBlocked;
 use rustix::io::Errno;
 
@@ -17,6 +18,8 @@ pub(crate) struct FileObject {
     pub(crate) id: FileId,
     pub(crate) size: u64,
     pub(crate) flags: FileFlags,
+    /// What the client's descriptors are of, once it has any.
+    pub(crate) placeholder: Option<maps::FileId>,
 }
 
 impl Drop for FileObject {

@@ -9,6 +9,7 @@ use gmem_core::ops::{Claim, FileClaim};
 use gmem_core::slot::SlotFlags;
 use gmem_host::client::{Carried, ClientMemory};
 use gmem_host::kvm::RunMapping;
+use gmem_host::maps::FileId;
 use gmem_host::sys::{Argument, SignalsBlocked};
 use gmem_host::table::{self, Table};
 use gmem_host::{address_space, fds, kvm};
@@ -95,6 +96,7 @@ pub struct ForkGuard<'a> {
     _vms: MutexGuard<'a, Vec<Weak<VmObject>>>,
     _fds: table::Changes<'a, Entry>,
     _client: MutexGuard<'a, ClientMemory>,
+    _hidden: fds::Changes,
     /// A child may go on to use its parent's files.
     _states: Vec<HeldVm>,
     /// The last to go: a signal handler must not find the others.
@@ -129,10 +131,25 @@ impl Process {
     }
 
     fn file(&self, fd: i32) -> Option<Arc<FileObject>> {
-        match &*self.entry(fd)? {
-            Entry::File(file) => Some(Arc::clone(file)),
-            Entry::Vm(_) | Entry::Vcpu(_) => None,
+        self.file_of(fd, &self.entry(fd)?)
+    }
+
+    /// The file of `fd`, whose entry is given. A descriptor may have been closed unseen, by an instruction of the client's own,
+    /// and its number may be another file's.
+    fn file_of(&self, fd: i32, entry: &Arc<Entry>) -> Option<Arc<FileObject>> {
+        let Entry::File(file) = &**entry else { return None };
+        if kvm::with_client_fd(fd, |fd| FileId::of(fd)).is_ok_and(|found| file.placeholder == Some(found)) {
+            return Some(Arc::clone(file));
         }
+        // A child of vfork has descriptors of its own.
+        if address_space::is_own() {
+            let _signals = SignalsBlocked::new();
+            let gone = self.fds.remove(fd, entry, |_| {
+                self.file_count.fetch_sub(1, Ordering::Relaxed);
+            });
+            drop(gone);
+        }
+        None
     }
 
     fn replace(&self, fd: i32, entry: Option<Arc<Entry>>) {
@@ -154,15 +171,18 @@ impl Process {
             let refused = !sizes && !abi::VFS_IOCTLS.contains(&request) && self.file(fd).is_some();
             return if refused { Answer::Done(Err(Errno::NOTTY)) } else { Answer::Pass };
         }
-        match self.entry(fd).as_deref() {
+        let entry = self.entry(fd);
+        match entry.as_deref() {
             Some(Entry::Vcpu(vcpu)) if request == abi::RUN && arg.value() == 0 => Answer::Done(vcpu.run()),
             Some(Entry::Vcpu(vcpu)) => vcpu_ioctl(vcpu, request, arg),
             Some(Entry::Vm(vm)) => {
                 let _signals = SignalsBlocked::new();
                 self.vm_ioctl(vm, request, arg)
             }
-            Some(Entry::File(_)) => Answer::Done(Err(Errno::NOTTY)),
-            None => self.system_ioctl(fd, request, arg),
+            Some(Entry::File(_)) if entry.as_ref().is_some_and(|entry| self.file_of(fd, entry).is_some()) => {
+                Answer::Done(Err(Errno::NOTTY))
+            }
+            Some(Entry::File(_)) | None => self.system_ioctl(fd, request, arg),
         }
     }
 
@@ -240,7 +260,7 @@ impl Process {
         vm.expect_vcpu();
         // All that can run out first: a vCPU that exists cannot be taken back.
         let mut copy = fds::hidden_copy(vm.fd())?;
-        let fd = kvm::create_vcpu(vm.fd(), id)?;
+        let fd = kvm::create_vcpu(vm.fd().as_fd(), id)?;
         copy.become_copy_of(fd.as_fd())?;
         let vcpu = VcpuObject::new(copy, Arc::clone(vm), self.native.prefault)?;
         let fd = kvm::into_client(fd);
@@ -252,8 +272,10 @@ impl Process {
         let claim: CreateGuestMemfd = abi::read(arg)?;
         let id = vm.create_file(claim.size, claim.flags)?;
         let flags = FileFlags::from_bits_truncate(claim.flags);
-        let file = FileObject { vm: Arc::clone(vm), id, size: claim.size, flags };
-        let fd = kvm::into_client(fds::placeholder(claim.size)?);
+        let mut file = FileObject { vm: Arc::clone(vm), id, size: claim.size, flags, placeholder: None };
+        let fd = fds::placeholder(claim.size)?;
+        file.placeholder = Some(FileId::of(&fd)?);
+        let fd = kvm::into_client(fd);
         self.replace(fd, Some(Arc::new(Entry::File(Arc::new(file)))));
         Ok(fd)
     }
@@ -343,6 +365,8 @@ impl Process {
             _vms: vms,
             _fds: self.fds.changes(),
             _client: lock(&self.client),
+            // Those who hold the others may need it.
+            _hidden: fds::changes(),
         }
     }
 
@@ -351,6 +375,7 @@ impl Process {
         let _signals = SignalsBlocked::new();
         address_space::enter();
         self.fds.is_child();
+        fds::is_child();
         lock(&self.client).make_private();
         // No VM is the child's.
         lock(&self.vms).clear();
@@ -512,9 +537,10 @@ fn enable_cap(vm: &VmObject, arg: Argument) -> Answer<i32> {
         return Answer::Pass;
     }
     // The older form ignores what it does not know.
-    let known = if claim.cap == cap::DISABLE_QUIRKS { kvm::check_extension(vm.fd(), cap::DISABLE_QUIRKS2) } else { -1 };
+    let known =
+        if claim.cap == cap::DISABLE_QUIRKS { kvm::check_extension(vm.fd().as_fd(), cap::DISABLE_QUIRKS2) } else { -1 };
     let quirks = claim.args[0] & u64::from_ne_bytes(i64::from(known).to_ne_bytes());
-    Answer::Done(kvm::disable_quirks(vm.fd(), quirks).map(|()| 0))
+    Answer::Done(kvm::disable_quirks(vm.fd().as_fd(), quirks).map(|()| 0))
 }
 
 fn region_claim(region: &MemoryRegion, file: FileClaim, guest_memfd_offset: u64) -> Claim {

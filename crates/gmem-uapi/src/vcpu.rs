@@ -94,7 +94,7 @@ enum Next {
 
 impl VcpuObject {
     pub(crate) fn new(fd: Hidden, vm: Arc<VmObject>, host_prefaults: bool) -> Result<Self, Errno> {
-        let mapping = RunMapping::new(vm.run_len, fd.as_fd())?;
+        let mapping = RunMapping::new(vm.run_len, fd.hold().as_fd())?;
         Ok(Self { fd, mapping, vm, pending: Rare::default(), emulating: Rare::default(), host_prefaults })
     }
 
@@ -116,7 +116,7 @@ impl VcpuObject {
         }
         let mut retries = 0;
         loop {
-            let next = match kvm::run(self.fd.as_fd()) {
+            let next = match self.fd.call(kvm::run) {
                 Ok(value) => self.after_exit(value),
                 Err(Errno::FAULT) => self.after_fault(),
                 error => return error,
@@ -147,7 +147,8 @@ impl VcpuObject {
             return Next::Return(Ok(value));
         }
         let mut forbidden = |gfn, kind| self.is_unreachable(gfn, kind);
-        match vcpu::locate_failed_emulation(self.fd.as_fd(), self, &mut forbidden) {
+        let found = vcpu::locate_failed_emulation(self.fd.hold().as_fd(), self, &mut forbidden);
+        match found {
             Ok(Some(access)) => self.end_access(access),
             Ok(None) | Err(_) => Next::Return(Ok(value)),
         }
@@ -200,7 +201,7 @@ impl VcpuObject {
             View::Unbacked(_) => match *lock(&self.emulating.value) {
                 None => false,
                 Some(Emulating::Write(end, before)) if read_only() => {
-                    end == access.gpa && before.is_some() && before == vcpu::progress(self.fd.as_fd()).ok()
+                    end == access.gpa && before.is_some() && before == vcpu::progress(self.fd.hold().as_fd()).ok()
                 }
                 Some(Emulating::Read | Emulating::Write(..)) => true,
             },
@@ -210,18 +211,18 @@ impl VcpuObject {
     fn emulated(&self, mmio: &Mmio) -> Emulating {
         let end = mmio.gpa.wrapping_add(u64::from(mmio.len));
         match mmio.is_write {
-            true if end.is_multiple_of(PAGE_SIZE) => Emulating::Write(end, vcpu::progress(self.fd.as_fd()).ok()),
+            true if end.is_multiple_of(PAGE_SIZE) => Emulating::Write(end, vcpu::progress(self.fd.hold().as_fd()).ok()),
             true => Emulating::Write(end, None),
             false => Emulating::Read,
         }
     }
 
     fn take_read(&self) -> Result<(), Errno> {
-        vcpu::put_back_read(self.fd.as_fd(), self.run_area())
+        vcpu::put_back_read(self.fd.hold().as_fd(), self.run_area())
     }
 
     fn take_write(&self) -> Result<(), Errno> {
-        let write = vcpu::collect_write(self.fd.as_fd(), self.run_area())?;
+        let write = vcpu::collect_write(self.fd.hold().as_fd(), self.run_area())?;
         self.pending.put(Some(write));
         Ok(())
     }
@@ -273,7 +274,8 @@ impl VcpuObject {
     fn after_fault(&self) -> Next {
         let _signals = SignalsBlocked::new();
         let mut forbidden = |gfn, kind| self.is_unreachable(gfn, kind);
-        match vcpu::locate(self.fd.as_fd(), self, &mut forbidden) {
+        let found = vcpu::locate(self.fd.hold().as_fd(), self, &mut forbidden);
+        match found {
             Ok(Some(access)) => self.end_access(access),
             Ok(None) => Next::RunOn,
             Err(error) => Next::Return(Err(error)),
@@ -375,7 +377,7 @@ impl VcpuObject {
             if signals.is_interrupted() {
                 return (done, Err(Errno::INTR));
             }
-            match slot.and_then(|_| kvm::pre_fault(self.fd.as_fd(), gpa, len)) {
+            match slot.and_then(|_| kvm::pre_fault(self.fd.hold().as_fd(), gpa, len)) {
                 Ok((_, left)) if left < len => done += len - left,
                 end => return (done, end.map(|_| ())),
             }

@@ -17,7 +17,7 @@ use gmem_core::vm::{self, Rules, View};
 use gmem_host::address_space::AddressSpace;
 use gmem_host::backing::Backing;
 use gmem_host::client::ClientMemory;
-use gmem_host::fds::{self, Hidden};
+use gmem_host::fds::{self, Held, Hidden};
 use gmem_host::kvm;
 use gmem_host::maps::{self, Maps};
 use gmem_host::sys::SignalsBlocked;
@@ -238,8 +238,9 @@ impl VmObject {
         })
     }
 
-    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    /// To be used now.
+    pub(crate) fn fd(&self) -> Held<'_> {
+        self.fd.hold()
     }
 
     pub(crate) fn read(&self) -> RwLockReadGuard<'_, State> {
@@ -294,7 +295,7 @@ impl VmObject {
 
     fn update_guards(&self, state: &mut State, range: GfnRange) {
         if state.has_vcpus && state.core.has_private_memory() {
-            state.guards.update(self.fd(), &state.core, range);
+            state.guards.update(self.fd().as_fd(), &state.core, range);
         }
     }
 
@@ -409,7 +410,7 @@ impl VmObject {
         let (result, shown) = state.run(&mut SetRegion::new(claim));
         let result = result.map_err(|error| errno::region(self.profile, error)).and(shown);
         self.add_slot_frames(id, range);
-        let real = result.and_then(|()| kvm::set_region(self.fd(), &real_region(&claim, userspace_addr)));
+        let real = result.and_then(|()| kvm::set_region(self.fd().as_fd(), &real_region(&claim, userspace_addr)));
         if let Err(error) = real {
             let _ = state.run(&mut SetRegion::new(Claim { memory_size: 0, ..claim }));
             state.mmu.windows.remove(&id);
@@ -423,8 +424,8 @@ impl VmObject {
 
     /// Takes guards out of the way of a slot; returns what is to be guarded anew once the slot is there.
     fn make_room(&self, state: &mut State, id: SlotId, range: GfnRange) -> GfnRange {
-        let named = if id.space == 0 { state.guards.release_number(self.fd(), id.number) } else { None };
-        let cleared = if id.space == 0 { state.guards.clear(self.fd(), range) } else { range };
+        let named = if id.space == 0 { state.guards.release_number(self.fd().as_fd(), id.number) } else { None };
+        let cleared = if id.space == 0 { state.guards.clear(self.fd().as_fd(), range) } else { range };
         named.map_or(cleared, |named| cleared.hull(named))
     }
 
@@ -459,7 +460,7 @@ impl VmObject {
 
     fn delete_slot(&self, state: &mut State, claim: Claim, id: SlotId) -> Result<i32, Errno> {
         let gfns = state.core.slots().get(id).map(|slot| slot.gfns);
-        kvm::set_region(self.fd(), &real_region(&claim, 0))?;
+        kvm::set_region(self.fd().as_fd(), &real_region(&claim, 0))?;
         let (result, _) = state.run(&mut SetRegion::new(claim));
         state.mmu.windows.remove(&id);
         if let Some(gfns) = gfns {
@@ -475,7 +476,8 @@ impl VmObject {
         let range = GfnRange::from_bytes(claim.guest_phys_addr, claim.memory_size).map_err(|_| Errno::INVAL)?;
         let uncovered = self.make_room(state, old.id, range).hull(old.gfns);
         self.add_slot_frames(old.id, range);
-        if let Err(error) = kvm::set_region(self.fd(), &real_region(&claim, address)) {
+        let changed = kvm::set_region(self.fd().as_fd(), &real_region(&claim, address));
+        if let Err(error) = changed {
             self.remove_slot_frames(old.id, range, Some(old.gfns));
             self.update_guards(state, uncovered);
             return Err(error);

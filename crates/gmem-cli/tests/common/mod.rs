@@ -9,6 +9,8 @@ use std::process::Command;
 const PART: &str = "GMEM_TEST_PART";
 
 pub(crate) const KVM_CREATE_VM: c_ulong = 0xae01;
+pub(crate) const KVM_CREATE_VCPU: c_ulong = 0xae41;
+pub(crate) const KVM_RUN: c_ulong = 0xae80;
 pub(crate) const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;
 pub(crate) const KVM_SET_MEMORY_ATTRIBUTES: c_ulong = 0x4020_aed2;
 pub(crate) const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
