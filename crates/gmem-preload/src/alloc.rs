@@ -506,12 +506,10 @@ mod tests {
     fn a_signal_handler_may_allocate_wherever_it_comes() {
         static HEAPS: Heaps = Heaps([const { Heap::new() }; super::HEAPS]);
         static HANDLED: AtomicUsize = AtomicUsize::new(0);
-        static DEPTH: AtomicUsize = AtomicUsize::new(0);
         /// More than there are heaps; the stack has to hold them.
         const DEEPEST: usize = 8;
         const LAYOUT: Layout = Layout::new::<[u64; 20]>();
         extern "C" fn handle(_: std::ffi::c_int) {
-            DEPTH.fetch_add(1, Ordering::Relaxed);
             // SAFETY: the size is not 0.
             let blocks = [(); 3].map(|()| unsafe { HEAPS.alloc(LAYOUT) });
             for block in blocks.into_iter().filter(|block| !block.is_null()) {
@@ -522,7 +520,6 @@ mod tests {
                 }
             }
             HANDLED.fetch_add(1, Ordering::Relaxed);
-            DEPTH.fetch_sub(1, Ordering::Relaxed);
         }
         let done = AtomicBool::new(false);
         // SAFETY: the handler uses heaps that are made for it, and this thread waits for the other one.
@@ -531,13 +528,16 @@ mod tests {
             action.sa_sigaction = handle as *const () as usize;
             // A handler may be interrupted by the next one.
             action.sa_flags = libc::SA_NODEFER;
-            assert_eq!(libc::sigaction(libc::SIGUSR1, &raw const action, null_mut()), 0);
+            // One that is queued: each that is sent is handled, sooner or later.
+            let signal = libc::SIGRTMIN();
+            assert_eq!(libc::sigaction(signal, &raw const action, null_mut()), 0);
             let this = libc::pthread_self();
             std::thread::scope(|scope| {
                 scope.spawn(|| {
+                    let mut sent = 0;
                     while !done.load(Ordering::Relaxed) {
-                        if DEPTH.load(Ordering::Relaxed) < DEEPEST {
-                            libc::pthread_kill(this, libc::SIGUSR1);
+                        if sent - HANDLED.load(Ordering::Relaxed) < DEEPEST && libc::pthread_kill(this, signal) == 0 {
+                            sent += 1;
                         }
                         std::thread::yield_now();
                     }
