@@ -424,16 +424,25 @@ mod parts {
         ram.cast()
     }
 
+    /// What each child does: it finds what was there, and writes to guest RAM.
+    extern "C" fn write(ram: *mut c_void) -> c_int {
+        let ram = ram.cast::<u8>();
+        // SAFETY: memory that was mapped before the child was made.
+        unsafe {
+            let same = ram.read_volatile() == 1;
+            ram.write_volatile(2);
+            c_int::from(!same)
+        }
+    }
+
     /// Makes a child that writes to guest RAM and ends.
     fn child_writes(ram: *mut u8, what: &str, make: impl FnOnce() -> i64) {
-        // SAFETY: memory that was mapped before the child was made, which makes no calls but its last one.
+        // SAFETY: memory that was mapped before the child was made; one that goes on here makes no calls but its last one.
         unsafe {
             ram.write_volatile(1);
             let child = make();
             if child == 0 {
-                let same = ram.read_volatile() == 1;
-                ram.write_volatile(2);
-                libc::_exit(i32::from(!same));
+                libc::_exit(write(ram.cast()));
             }
             let child = c_int::try_from(child).unwrap();
             let mut status = 0;
@@ -456,6 +465,28 @@ mod parts {
         child_writes(ram, "clone3 by number", || call(libc::SYS_clone3, &[claim, 64]).unwrap());
         // SAFETY: as above.
         child_writes(ram, "fork", || i64::from(unsafe { libc::fork() }));
+        let (mut stack, mut told) = (vec![0u128; 1024], [0; 2]);
+        let [parent_tid, child_tid] = &mut told;
+        let mut clone = |flags: c_int| {
+            let (top, none) = (stack.as_mut_ptr_range().end.cast(), null_mut::<c_void>());
+            let (parent_tid, child_tid) = (&raw mut *parent_tid, &raw mut *child_tid);
+            let flags = flags | libc::CLONE_PARENT_SETTID | libc::SIGCHLD;
+            // SAFETY: the child has a stack for its function, and the kernel a place for its number.
+            i64::from(unsafe { libc::clone(write, top, flags, ram.cast(), parent_tid, none, child_tid) })
+        };
+        child_writes(ram, "clone", || clone(libc::CLONE_CHILD_SETTID));
+        // SAFETY: as above.
+        let seen = unsafe {
+            ram.write_volatile(1);
+            let child = clone(libc::CLONE_VM | libc::CLONE_CHILD_SETTID);
+            assert_eq!(libc::waitpid(c_int::try_from(child).unwrap(), null_mut(), 0), c_int::try_from(child).unwrap());
+            (ram.read_volatile(), child)
+        };
+        assert_eq!(
+            (seen, told),
+            ((2, seen.1), [c_int::try_from(seen.1).unwrap(); 2]),
+            "a child with its parent's memory"
+        );
     }
 
     /// A vCPU that comes back from KVM_RUN at once.

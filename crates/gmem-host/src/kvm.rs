@@ -78,13 +78,13 @@ pub fn disable_quirks(vm: BorrowedFd<'_>, quirks: u64) -> Result<(), Errno> {
     unsafe { sys::ioctl(vm, ENABLE_CAP, (&raw const claim).addr()) }.map(|_| ())
 }
 
-/// `KVM_RUN`.
+/// `KVM_RUN`. A thread may be ended in it, by unwinding: who calls it for a client has nothing to drop.
 ///
 /// # Errors
 /// The kernel's.
 pub fn run(vcpu: BorrowedFd<'_>) -> Result<i32, Errno> {
     // SAFETY: the guest touches what its slots show (see the module).
-    unsafe { sys::ioctl(vcpu, RUN, 0) }
+    unsafe { sys::long_ioctl(vcpu, RUN, 0) }
 }
 
 /// `KVM_PRE_FAULT_MEMORY` for `size` bytes from `gpa`; returns what is left of both.

@@ -4,7 +4,7 @@
 //! may have a seccomp filter that knows nothing of gmem, and a rule for one range of instruction addresses can be put in
 //! front of it.
 
-use core::arch::asm;
+use core::arch::{asm, naked_asm};
 use core::{hint, ptr};
 
 use rustix::fd::{AsRawFd, BorrowedFd};
@@ -41,10 +41,35 @@ unsafe fn syscall6(nr: usize, args: [usize; 6]) -> Result<usize, Errno> {
             options(nostack)
         );
     }
+    result(ret)
+}
+
+fn result(ret: isize) -> Result<usize, Errno> {
     match usize::try_from(ret) {
         Ok(value) => Ok(value),
         Err(_) => Err(i32::try_from(-ret).map_or(Errno::INVAL, Errno::from_raw_os_error)),
     }
+}
+
+/// `ioctl` as the kernel has it, from which glibc may unwind the thread: a signal can end it there.
+#[unsafe(naked)]
+unsafe extern "C-unwind" fn bare_ioctl(fd: usize, request: usize, arg: usize) -> isize {
+    naked_asm!(".cfi_startproc", "mov eax, {}", "syscall", "ret", ".cfi_endproc", const SYS_IOCTL)
+}
+
+/// As [`ioctl`], for a call that lasts: the thread may be ended in it. Neither this function nor its callers in this crate have
+/// anything to drop, so that they are unwound as frames of C are.
+///
+/// # Errors
+/// The kernel's.
+///
+/// # Safety
+/// As [`ioctl`].
+pub(crate) unsafe fn long_ioctl(fd: BorrowedFd<'_>, request: u32, arg: usize) -> Result<i32, Errno> {
+    let fd = usize::try_from(fd.as_raw_fd()).map_err(|_| Errno::BADF)?;
+    // SAFETY: passed on to the caller.
+    let value = result(unsafe { bare_ioctl(fd, request as usize, arg) })?;
+    i32::try_from(value).map_err(|_| Errno::OVERFLOW)
 }
 
 /// `ioctl` with an argument that is a number or an address which only the kernel interprets.

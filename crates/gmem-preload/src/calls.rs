@@ -1,4 +1,5 @@
-//! The exported functions. Each is the libc function of its name, so the safety of each is that function's.
+//! The exported functions. Each is the libc function of its name, so the safety of each is that function's. A thread may be
+//! ended in any of them (see [`own`](mod@crate::own)).
 #![expect(
     clippy::cast_possible_truncation,
     clippy::cast_possible_wrap,
@@ -8,11 +9,13 @@
 use std::arch::naked_asm;
 use std::ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void};
 
-use gmem_uapi::{Argument, FileCall};
+use gmem_uapi::{Answer, Argument, Errno, FileCall, Process};
 use libc::{mode_t, off_t, pid_t, size_t, ssize_t};
 
+use crate::own::own;
 use crate::paths::{file_named, file_named_at, is_file};
-use crate::{answer, fork, library, process, real, seccomp, tell};
+use crate::run::run;
+use crate::{answer, fork, give, library, process, real, seccomp, tell};
 
 /// The kernel compares the low 32 bits; C callers may pass a sign-extended number.
 fn request(number: c_ulong) -> u32 {
@@ -28,11 +31,11 @@ fn bits(value: c_int) -> u32 {
 }
 
 /// A file call of several whose answers are small errors or 0.
-fn file_call(fd: c_int, call: FileCall, real: impl FnOnce() -> i64) -> i64 {
+fn file_call(fd: c_int, call: FileCall, real: impl FnOnce() -> i64 + Copy) -> i64 {
     answer(|process| process.file_call(fd, call), real)
 }
 
-fn file_call_int(fd: c_int, call: FileCall, real: impl FnOnce() -> c_int) -> c_int {
+fn file_call_int(fd: c_int, call: FileCall, real: impl FnOnce() -> c_int + Copy) -> c_int {
     c_int::try_from(file_call(fd, call, || i64::from(real()))).unwrap_or(-1)
 }
 
@@ -42,7 +45,7 @@ macro_rules! export {
             $(#[$meta])*
             #[doc = concat!("`", stringify!($name), "` of libc.")]
             #[unsafe(no_mangle)]
-            pub(crate) unsafe extern "C" fn $name($($arg: $type),*) -> $ret {
+            pub(crate) unsafe extern "C-unwind" fn $name($($arg: $type),*) -> $ret {
                 // SAFETY: the arguments go to libc's function of this name, or to gmem, which treats them as claims.
                 unsafe { $body }
             }
@@ -53,20 +56,26 @@ macro_rules! export {
 /// `ioctl` of libc, which tells where on the stack it was called.
 #[unsafe(no_mangle)]
 #[unsafe(naked)]
-pub(crate) unsafe extern "C" fn ioctl(fd: c_int, number: c_ulong, arg: usize) -> c_int {
-    naked_asm!("mov rcx, rsp", "jmp {}", sym ioctl_with_stack)
+pub(crate) unsafe extern "C-unwind" fn ioctl(fd: c_int, number: c_ulong, arg: usize) -> c_int {
+    naked_asm!(".cfi_startproc", "mov rcx, rsp", "jmp {}", ".cfi_endproc", sym ioctl_with_stack)
 }
 
-unsafe extern "C" fn ioctl_with_stack(fd: c_int, number: c_ulong, arg: usize, stack: usize) -> c_int {
+unsafe extern "C-unwind" fn ioctl_with_stack(fd: c_int, number: c_ulong, arg: usize, stack: usize) -> c_int {
     // SAFETY: the return address to the client lies there, and this thread goes on using that stack until it returns.
     let argument = unsafe { Argument::beside(arg, stack) };
-    // SAFETY: the arguments go to libc's `ioctl`.
-    answer(|process| process.ioctl(fd, request(number), argument), || unsafe { real::ioctl(fd, number, arg) })
+    match process() {
+        Some(process) if Process::is_run(request(number), arg) => {
+            // SAFETY: the arguments go to libc's `ioctl`.
+            give(run(process, fd), || unsafe { real::ioctl(fd, number, arg) })
+        }
+        // SAFETY: as above.
+        _ => answer(|process| process.ioctl(fd, request(number), argument), || unsafe { real::ioctl(fd, number, arg) }),
+    }
 }
 
 export! {
     fn close(fd: c_int) -> c_int {
-        if library::keeps(fd) {
+        if own(false, || library::keeps(fd)) {
             return 0;
         }
         // Before the real call: afterwards another thread may get the number.
@@ -88,7 +97,7 @@ export! {
         if first > last {
             return real::close_range(first, last, flags);
         }
-        library::around(first, last, |first, last| real::close_range(first, last, flags))
+        own(-1, || library::around(first, last, |first, last| real::close_range(first, last, flags)))
     }
 
     fn closefrom(first: c_int) -> () {
@@ -149,7 +158,7 @@ export! {
         let anonymous = flags & libc::MAP_ANONYMOUS != 0;
         answer(
             |process| match anonymous {
-                true => gmem_uapi::Answer::Pass,
+                true => Answer::Pass,
                 false => process.mmap(address, len, bits(prot), bits(flags), fd, unsigned(offset)),
             },
             || {
@@ -485,11 +494,28 @@ export! {
         fork::around(|| real::_Fork())
     }
 
+    fn clone(function: usize, stack: usize, flags: c_int, arg: usize, parent_tid: usize, tls: usize, child_tid: usize) -> c_int {
+        if !fork::calls_in_copy(function, stack, flags) {
+            return real::clone(function, stack, flags, arg, parent_tid, tls, child_tid);
+        }
+        // A child of fork, on the copy of this stack first.
+        let number = libc::SYS_clone;
+        let child = fork::around(|| real::syscall(number, flags as usize, 0, parent_tid, child_tid, tls, 0));
+        if child == 0 {
+            fork::call(function, arg, stack)
+        }
+        c_int::try_from(child).unwrap_or(-1)
+    }
+
+    fn __clone(function: usize, stack: usize, flags: c_int, arg: usize, parent_tid: usize, tls: usize, child_tid: usize) -> c_int {
+        clone(function, stack, flags, arg, parent_tid, tls, child_tid)
+    }
+
     fn prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong) -> c_int {
         if option != libc::PR_SET_SECCOMP || a != libc::SECCOMP_MODE_FILTER as c_ulong {
             return real::prctl(option, a, b, c, d);
         }
-        seccomp::with_own_rule(b as usize, |program| real::prctl(option, a, program as c_ulong, c, d))
+        own(-1, || seccomp::with_own_rule(b as usize, |program| real::prctl(option, a, program as c_ulong, c, d)))
     }
 
     fn syscall(number: c_long, a: usize, b: usize, c: usize, d: usize, e: usize, f: usize) -> c_long {
@@ -565,7 +591,8 @@ unsafe fn by_number(number: c_long, args: [usize; 6]) -> c_long {
     // SAFETY: the same call with the same arguments.
     let real = || unsafe { real::syscall(number, a, b, c, d, e, f) };
     if let Some((fd, call)) = on_file(number, args) {
-        return file_call(fd, call, real);
+        // SAFETY: as above.
+        return file_call(fd, call, || unsafe { real::syscall(number, a, b, c, d, e, f) });
     }
     // SAFETY: the same call with the same arguments, through the function that stands for it.
     unsafe {
@@ -595,7 +622,7 @@ unsafe fn by_number(number: c_long, args: [usize; 6]) -> c_long {
             libc::SYS_clone if fork::copies_memory(a, b) => fork::around(real),
             libc::SYS_clone3 if fork::copies_memory_as_told(a, b) => fork::around(real),
             libc::SYS_seccomp if a == libc::SECCOMP_SET_MODE_FILTER as usize => {
-                seccomp::with_own_rule(c, |program| real::syscall(number, a, b, program, d, e, f))
+                own(-1, || seccomp::with_own_rule(c, |program| real::syscall(number, a, b, program, d, e, f)))
             }
             _ => real(),
         }
@@ -634,7 +661,7 @@ fn on_file(number: c_long, args: [usize; 6]) -> Option<(c_int, FileCall)> {
     })
 }
 
-fn answer_size(fd: c_int, call: FileCall, real: impl FnOnce() -> ssize_t) -> ssize_t {
+fn answer_size(fd: c_int, call: FileCall, real: impl FnOnce() -> ssize_t + Copy) -> ssize_t {
     // The fast way for everything that is no guest_memfd: one lookup.
     if !is_file(fd) {
         return real();
@@ -673,7 +700,7 @@ fn duplicated(fd: c_int, copy: c_int) -> c_int {
 ///
 /// # Safety
 /// `stat` must have been filled if `result` is 0.
-unsafe fn patch<T: PartialEq + From<u8>>(fd: c_int, stat: *mut libc::stat, result: T) -> T {
+unsafe fn patch<T: Copy + PartialEq + From<u8>>(fd: c_int, stat: *mut libc::stat, result: T) -> T {
     if result == T::from(0) && is_file(fd) {
         // SAFETY: filled by the call that returned 0.
         unsafe { (*stat).st_nlink = 1 };
@@ -685,7 +712,7 @@ unsafe fn patch<T: PartialEq + From<u8>>(fd: c_int, stat: *mut libc::stat, resul
 ///
 /// # Safety
 /// As [`patch`].
-unsafe fn patch_at<T: PartialEq + From<u8>>(
+unsafe fn patch_at<T: Copy + PartialEq + From<u8>>(
     (dir, path, flags): (c_int, *const c_char, c_int),
     stat: *mut libc::stat,
     result: T,
@@ -703,7 +730,7 @@ unsafe fn patch_at<T: PartialEq + From<u8>>(
 ///
 /// # Safety
 /// As [`patch`].
-unsafe fn patch_x<T: PartialEq + From<u8>>(
+unsafe fn patch_x<T: Copy + PartialEq + From<u8>>(
     (dir, path, flags): (c_int, *const c_char, c_int),
     stat: *mut libc::statx,
     result: T,
@@ -735,18 +762,15 @@ fn reads_name(path: *const c_char, size: size_t) -> bool {
 /// # Safety
 /// As the buffer of `readlink`.
 unsafe fn give_name(buffer: *mut c_char, size: size_t) -> ssize_t {
-    let name = process().map_or("", gmem_uapi::Process::file_name).as_bytes();
-    let len = name.len().min(size);
-    match gmem_host::sys::copy_to_client(buffer.addr(), name.get(..len).unwrap_or_default()) {
-        Ok(()) => len as ssize_t,
-        Err(error) => {
-            crate::set_errno(error);
-            -1
-        }
-    }
+    let given = own(Err(Errno::IO), || {
+        let name = process().map_or("", Process::file_name).as_bytes();
+        let name = &name[..name.len().min(size)];
+        gmem_host::sys::copy_to_client(buffer.addr(), name).map(|()| name.len() as ssize_t)
+    });
+    give(Answer::Done(given), || -1)
 }
 
 fn refuse<T: crate::Returned>() -> T {
-    crate::set_errno(gmem_uapi::Errno::NXIO);
+    crate::set_errno(Errno::NXIO);
     T::FAILED
 }

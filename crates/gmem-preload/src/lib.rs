@@ -7,16 +7,20 @@ mod alloc;
 mod calls;
 mod fork;
 mod library;
+mod own;
 mod paths;
 mod real;
+mod run;
 mod seccomp;
 
 use std::ffi::c_int;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::catch_unwind;
 use std::sync::OnceLock;
 
 use gmem_uapi::native::Native;
 use gmem_uapi::{Answer, Config, Errno, Process, profile};
+
+use crate::own::own;
 
 static PROCESS: OnceLock<Option<Process>> = OnceLock::new();
 
@@ -82,9 +86,13 @@ impl Returned for *mut libc::FILE {
 }
 
 /// Asks gmem, and makes the real call if it is none of its business.
-fn answer<T: Returned>(ask: impl FnOnce(&Process) -> Answer<T>, real: impl FnOnce() -> T) -> T {
+fn answer<T: Returned>(ask: impl FnOnce(&Process) -> Answer<T> + Copy, real: impl FnOnce() -> T + Copy) -> T {
     let Some(process) = process() else { return real() };
-    match catch_unwind(AssertUnwindSafe(|| ask(process))).unwrap_or(Answer::Done(Err(Errno::IO))) {
+    give(own(Answer::Done(Err(Errno::IO)), || ask(process)), real)
+}
+
+fn give<T: Returned>(answer: Answer<T>, real: impl FnOnce() -> T + Copy) -> T {
+    match answer {
         Answer::Pass => real(),
         Answer::Done(Ok(value)) => value,
         Answer::Done(Err(error)) => {
@@ -95,11 +103,11 @@ fn answer<T: Returned>(ask: impl FnOnce(&Process) -> Answer<T>, real: impl FnOnc
 }
 
 /// Tells gmem of something that has happened, or is about to; the client's errno stays as it is.
-fn tell(what: impl FnOnce(&Process)) {
+fn tell(what: impl FnOnce(&Process) + Copy) {
     let Some(process) = process() else { return };
     // SAFETY: libc gives every thread a valid address for its errno.
     let errno = unsafe { *libc::__errno_location() };
-    let _ = catch_unwind(AssertUnwindSafe(|| what(process)));
+    own((), || what(process));
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
 }

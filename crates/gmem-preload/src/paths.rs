@@ -3,39 +3,60 @@
 use std::ffi::{CStr, c_char, c_int};
 
 use gmem_host::sys::copy_from_client;
+use gmem_uapi::Process;
 
+use crate::own::own;
 use crate::process;
 
 /// More than the longest path that names a descriptor, with its terminator.
 const ROOM: usize = 64;
 const PAGE: usize = 4096;
 
+/// The process, if it has any guest_memfd. Most have none, and then nothing else is looked at.
+fn with_files() -> Option<&'static Process> {
+    match process() {
+        Some(process) if process.has_files() => Some(process),
+        _ => None,
+    }
+}
+
 /// Whether a descriptor is a guest_memfd of gmem's.
 pub(crate) fn is_file(fd: c_int) -> bool {
-    process().is_some_and(|process| process.file_size(fd).is_some())
+    match with_files() {
+        Some(process) => own(false, || process.file_size(fd).is_some()),
+        None => false,
+    }
 }
 
 /// The guest_memfd that a path names through /proc or /dev/fd; -1 if none, as also for a path that cannot be read.
 pub(crate) fn file_named(path: *const c_char) -> c_int {
-    with_path(path, descriptor_named).filter(|fd| is_file(*fd)).unwrap_or(-1)
+    match with_files() {
+        Some(_) => own(-1, || with_path(path, descriptor_named).filter(|fd| is_file(*fd)).unwrap_or(-1)),
+        None => -1,
+    }
 }
 
 /// The same for a call that takes a directory and flags: an empty path can stand for the directory's own descriptor.
 pub(crate) fn file_named_at(dir: c_int, path: *const c_char, flags: c_int) -> c_int {
-    let own = flags & libc::AT_EMPTY_PATH != 0;
+    let empty = flags & libc::AT_EMPTY_PATH != 0;
     let follows = flags & libc::AT_SYMLINK_NOFOLLOW == 0;
     let named = |path: &str| match path {
-        "" if own => Some(dir),
+        "" if empty => Some(dir),
         path if follows => descriptor_named(path),
         _ => None,
     };
-    let fd = if own && path.is_null() { Some(dir) } else { with_path(path, named) };
-    fd.filter(|fd| is_file(*fd)).unwrap_or(-1)
+    let find = || {
+        let fd = if empty && path.is_null() { Some(dir) } else { with_path(path, named) };
+        fd.filter(|fd| is_file(*fd)).unwrap_or(-1)
+    };
+    match with_files() {
+        Some(_) => own(-1, find),
+        None => -1,
+    }
 }
 
-/// Looks at a path if it can name a guest_memfd. Most processes have none, and then nothing is read.
 fn with_path<T>(path: *const c_char, look: impl FnOnce(&str) -> Option<T>) -> Option<T> {
-    if path.is_null() || !process()?.has_files() {
+    if path.is_null() {
         return None;
     }
     let mut buffer = [0; ROOM];

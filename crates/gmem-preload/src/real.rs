@@ -37,7 +37,7 @@ macro_rules! real {
                 }
                 // SAFETY: libc's function of this name has this type on x86-64; the arguments are the caller's.
                 unsafe {
-                    let function: unsafe extern "C" fn($($type),*) -> $ret = std::mem::transmute(found);
+                    let function: unsafe extern "C-unwind" fn($($type),*) -> $ret = std::mem::transmute(found);
                     function($($arg),*)
                 }
             }
@@ -109,6 +109,7 @@ real! {
     readlinkat(dir: c_int, path: *const c_char, buffer: *mut c_char, size: size_t) -> ssize_t;
     #[expect(non_snake_case, reason = "libc's name for it")]
     _Fork() -> pid_t;
+    clone(function: usize, stack: usize, flags: c_int, arg: usize, parent_tid: usize, tls: usize, child_tid: usize) -> c_int;
     __read_chk(fd: c_int, buffer: *mut c_void, count: size_t, room: size_t) -> ssize_t;
     __pread64_chk(fd: c_int, buffer: *mut c_void, count: size_t, offset: off_t, room: size_t) -> ssize_t;
     __readlink_chk(path: *const c_char, buffer: *mut c_char, size: size_t, room: size_t) -> ssize_t;
@@ -121,7 +122,7 @@ real! {
 
 /// Looks up what may be called where looking up is not allowed: in signal handlers, after fork, under a seccomp filter.
 pub(crate) fn resolve_all() {
-    // SAFETY: calls that fail at once and change nothing: a descriptor that cannot exist, an empty range.
+    // SAFETY: calls that fail at once and change nothing: a descriptor that cannot exist, an empty range, no function.
     unsafe {
         let _ = ioctl(-1, 0, 0);
         let _ = close(-1);
@@ -131,6 +132,7 @@ pub(crate) fn resolve_all() {
         let _ = write(-1, std::ptr::null(), 0);
         let _ = madvise(0, 0, 0);
         let _ = munmap(1, 0);
+        let _ = clone(0, 0, 0, 0, 0, 0, 0);
         let _ = syscall(-1, 0, 0, 0, 0, 0, 0);
     }
 }

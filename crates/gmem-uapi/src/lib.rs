@@ -18,5 +18,5 @@ mod vm;
 
 pub use gmem_host::sys::Argument;
 pub use memfd::FileCall;
-pub use process::{Answer, Config, ForkGuard, Process};
+pub use process::{Answer, Config, ForkGuard, Process, Run, Running};
 pub use rustix::io::Errno;

@@ -13,7 +13,7 @@ use gmem_host::maps::FileId;
 use gmem_host::sys::{Argument, SignalsBlocked};
 use gmem_host::table::{self, Table};
 use gmem_host::{address_space, fds, kvm};
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, RawFd};
 use rustix::io::Errno;
 
 use crate::abi::{self, CreateGuestMemfd, EnableCap, MemoryAttributes, MemoryRegion, MemoryRegion2, cap};
@@ -21,7 +21,7 @@ use crate::capability;
 use crate::memfd::{FileCall, FileObject, Map};
 use crate::native::Native;
 use crate::profile::Profile;
-use crate::vcpu::VcpuObject;
+use crate::vcpu::{MOST_RETRIES, Next, VcpuObject};
 use crate::vm::{self, HeldVm, Kind, VmObject, lock};
 
 /// Which kernel to be, and for which VM types.
@@ -67,6 +67,42 @@ enum Entry {
     Vm(Arc<VmObject>),
     Vcpu(Box<VcpuObject>),
     File(Arc<FileObject>),
+}
+
+impl Entry {
+    /// The real `KVM_RUN`.
+    fn enter(&self) -> Result<i32, Errno> {
+        match self {
+            Self::Vcpu(vcpu) => vcpu.enter(),
+            Self::Vm(_) | Self::File(_) => Err(Errno::NOTTY),
+        }
+    }
+}
+
+/// How `KVM_RUN` goes on.
+#[derive(Debug)]
+pub enum Run {
+    /// The real call is to be made on [`Running::number`], and its result is [`Process::after_run`]'s.
+    Enter(Running),
+    /// This becomes of the client's call.
+    End(Answer<i32>),
+}
+
+/// A vCPU that is about to enter its guest or is in it, and stays open meanwhile.
+#[derive(Debug)]
+pub struct Running {
+    vcpu: Arc<Entry>,
+    /// The descriptor's when the call was begun: it moves away from where a client puts one of its own.
+    number: RawFd,
+    retries: u32,
+}
+
+impl Running {
+    /// The descriptor for the real `KVM_RUN`, to be used at once.
+    #[must_use]
+    pub fn number(&self) -> RawFd {
+        self.number
+    }
 }
 
 /// Mappings of files by the client, by address: they keep the file open as the kernel's do.
@@ -165,6 +201,59 @@ impl Process {
 
     /// `ioctl`.
     pub fn ioctl(&self, fd: i32, request: u32, arg: Argument) -> Answer<i32> {
+        if Self::is_run(request, arg.value()) { self.run(fd) } else { self.ioctl_but_run(fd, request, arg) }
+    }
+
+    /// Whether an `ioctl` is `KVM_RUN`, which may also be carried out in steps.
+    #[must_use]
+    pub fn is_run(request: u32, arg: usize) -> bool {
+        request == abi::RUN && arg == 0
+    }
+
+    /// `KVM_RUN`, whole.
+    pub fn run(&self, fd: i32) -> Answer<i32> {
+        let mut run = self.before_run(fd);
+        loop {
+            match run {
+                Run::End(answer) => return answer,
+                Run::Enter(running) => {
+                    let result = running.vcpu.enter();
+                    run = Self::after_run(running, result);
+                }
+            }
+        }
+    }
+
+    /// `KVM_RUN`, up to the real one. If that does not return, nothing has to be undone, and what was returned is dropped.
+    pub fn before_run(&self, fd: i32) -> Run {
+        let Some(entry) = self.entry(fd) else { return Run::End(Answer::Pass) };
+        match &*entry {
+            Entry::Vcpu(vcpu) => match vcpu.before_run() {
+                Some(result) => Run::End(Answer::Done(result)),
+                None => Run::Enter(Running { number: vcpu.number(), vcpu: Arc::clone(&entry), retries: 0 }),
+            },
+            Entry::Vm(_) | Entry::File(_) => Run::End(self.ioctl_but_run(fd, abi::RUN, Argument::from(0))),
+        }
+    }
+
+    /// The real `KVM_RUN` had this result.
+    #[must_use]
+    pub fn after_run(running: Running, result: Result<i32, Errno>) -> Run {
+        let Entry::Vcpu(vcpu) = &*running.vcpu else { return Run::End(Answer::Done(result)) };
+        let number = vcpu.number();
+        let next = match result {
+            // It met the client's file where the descriptor had been a moment ago.
+            Err(error) if error != Errno::INTR && number != running.number => Next::RunOn,
+            result => vcpu.after_run(result),
+        };
+        match next {
+            Next::Return(result) => Run::End(Answer::Done(result)),
+            Next::RunOn if running.retries == MOST_RETRIES => Run::End(Answer::Done(Err(Errno::FAULT))),
+            Next::RunOn => Run::Enter(Running { number, retries: running.retries + 1, ..running }),
+        }
+    }
+
+    fn ioctl_but_run(&self, fd: i32, request: u32, arg: Argument) -> Answer<i32> {
         if !abi::is_kvm(request) {
             // What the VFS answers for every file it answers for the one that stands for a guest_memfd.
             let sizes = self.config.profile.answers_size_ioctls && abi::SIZE_IOCTLS.contains(&request);
@@ -173,7 +262,6 @@ impl Process {
         }
         let entry = self.entry(fd);
         match entry.as_deref() {
-            Some(Entry::Vcpu(vcpu)) if request == abi::RUN && arg.value() == 0 => Answer::Done(vcpu.run()),
             Some(Entry::Vcpu(vcpu)) => vcpu_ioctl(vcpu, request, arg),
             Some(Entry::Vm(vm)) => {
                 let _signals = SignalsBlocked::new();

@@ -14,7 +14,7 @@ use gmem_host::kvm::{self, RunMapping};
 use gmem_host::sys::{self, Argument, SignalsBlocked};
 use gmem_host::vcpu::{self, GuestView, Mmio, PendingWrite, Progress, RunArea};
 use gmem_host::window::Shows;
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, RawFd};
 use rustix::io::Errno;
 
 use crate::abi::{self, PreFaultMemory};
@@ -23,7 +23,7 @@ use crate::vm::{VmObject, lock};
 
 /// Times that an access which nothing forbids is tried again. A window is replaced in microseconds; something that lasts
 /// longer than this is a client that unmapped its guest's memory.
-const MOST_RETRIES: u32 = 10_000;
+pub(crate) const MOST_RETRIES: u32 = 10_000;
 
 /// A vCPU of an emulated VM.
 #[derive(Debug)]
@@ -85,7 +85,7 @@ enum Emulating {
 }
 
 /// How `KVM_RUN` goes on after the host's KVM came back.
-enum Next {
+pub(crate) enum Next {
     /// The client gets this.
     Return(Result<i32, Errno>),
     /// The access was met in a gap, or has been made good: run on.
@@ -106,26 +106,31 @@ impl VcpuObject {
         self.mapping.area()
     }
 
-    /// `KVM_RUN`.
-    pub(crate) fn run(&self) -> Result<i32, Errno> {
-        if self.pending.exists() {
-            let _signals = SignalsBlocked::new();
-            if let Some(result) = self.continue_pending() {
-                return result;
-            }
+    /// The vCPU's descriptor at this moment.
+    pub(crate) fn number(&self) -> RawFd {
+        self.fd.number()
+    }
+
+    /// The real `KVM_RUN`.
+    pub(crate) fn enter(&self) -> Result<i32, Errno> {
+        self.fd.call(kvm::run)
+    }
+
+    /// What the client gets if its `KVM_RUN` does not come to the real one.
+    pub(crate) fn before_run(&self) -> Option<Result<i32, Errno>> {
+        if !self.pending.exists() {
+            return None;
         }
-        let mut retries = 0;
-        loop {
-            let next = match self.fd.call(kvm::run) {
-                Ok(value) => self.after_exit(value),
-                Err(Errno::FAULT) => self.after_fault(),
-                error => return error,
-            };
-            match next {
-                Next::Return(result) => return result,
-                Next::RunOn if retries == MOST_RETRIES => return Err(Errno::FAULT),
-                Next::RunOn => retries += 1,
-            }
+        let _signals = SignalsBlocked::new();
+        self.continue_pending()
+    }
+
+    /// How `KVM_RUN` goes on after this result of the real one.
+    pub(crate) fn after_run(&self, result: Result<i32, Errno>) -> Next {
+        match result {
+            Ok(value) => self.after_exit(value),
+            Err(Errno::FAULT) => self.after_fault(),
+            error => Next::Return(error),
         }
     }
 
