@@ -10,6 +10,7 @@ fn client() {
     match common::part().as_str() {
         "filter" => parts::filter_without_memory(),
         "mappings" => parts::no_mapping_is_left(),
+        "back" => parts::back_from_the_limit(),
         "fork" => parts::forks_amid_allocations(),
         _ => {}
     }
@@ -20,14 +21,27 @@ fn a_filter_that_forbids_to_ask_for_memory_stops_the_client_and_not_gmem() {
     under_gmem("filter");
 }
 
+fn limit_can_be_reached() -> bool {
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok().and_then(|text| text.trim().parse().ok());
+    let can = limit.is_some_and(|limit: u32| limit <= 1 << 17);
+    if !can {
+        eprintln!("skipped: vm.max_map_count is too high for a test to reach");
+    }
+    can
+}
+
 #[test]
 fn small_things_work_when_the_process_has_all_mappings_that_it_may_have() {
-    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok().and_then(|text| text.trim().parse().ok());
-    if limit.is_none_or(|limit: u32| limit > 1 << 18) {
-        eprintln!("skipped: vm.max_map_count is too high for a test to reach");
-        return;
+    if limit_can_be_reached() {
+        under_gmem("mappings");
     }
-    under_gmem("mappings");
+}
+
+#[test]
+fn a_guest_of_too_many_pieces_can_be_made_whole() {
+    if limit_can_be_reached() {
+        under_gmem("back");
+    }
 }
 
 #[test]
@@ -39,7 +53,7 @@ mod parts {
     use std::ffi::{c_int, c_ulong};
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    use crate::common::{PAGE, PRIVATE, create_file, protected_vm, set_attributes, try_protected_vm};
+    use crate::common::{PAGE, PRIVATE, create_file, ioctl, protected_vm, set_attributes, try_protected_vm};
 
     /// Makes every second page private and shared again, which takes a piece of gmem's memory for each.
     fn scatter(vm: c_int) -> Result<(), i32> {
@@ -128,6 +142,27 @@ mod parts {
         };
         assert_eq!(outcome, Ok(()));
         create_file(vm, PAGE).expect("a file");
+    }
+
+    /// Every second page of the guest is converted, until the process may have no more mappings; then all of them back.
+    pub(super) fn back_from_the_limit() {
+        const SIZE: u64 = 1 << 29;
+        const KVM_SET_USER_MEMORY_REGION2: c_ulong = 0x40a0_ae49;
+        let vm = protected_vm();
+        let file = create_file(vm, SIZE).expect("a file");
+        let (prot, kind) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+        // SAFETY: a new mapping.
+        let ram = unsafe { libc::mmap(std::ptr::null_mut(), 1 << 29, prot, kind, -1, 0) };
+        assert_ne!(ram, libc::MAP_FAILED);
+        let mut slot = [0u64; 20];
+        // KVM_MEM_GUEST_MEMFD, above slot 0; the size, the address, the offset in the file and the file.
+        (slot[0], slot[2], slot[3]) = (4 << 32, SIZE, ram.addr() as u64);
+        slot[5] = u64::try_from(file).expect("a descriptor");
+        ioctl(vm, KVM_SET_USER_MEMORY_REGION2, slot.as_ptr().addr()).expect("a slot");
+        let refused = (0..SIZE / PAGE / 2).find_map(|page| set_attributes(vm, page * 2 * PAGE, PAGE, PRIVATE).err());
+        let back = [PAGE, SIZE].map(|len| set_attributes(vm, 0, len, 0));
+        assert_eq!((refused, back), (Some(libc::ENOMEM), [Ok(0); 2]));
     }
 
     /// A child has one thread, and the heaps and its parent's VMs as the others left them.

@@ -10,6 +10,7 @@ pub mod client;
 pub mod fds;
 pub mod kvm;
 pub mod maps;
+mod spare;
 pub mod sys;
 pub mod table;
 pub mod vcpu;

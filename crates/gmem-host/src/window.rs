@@ -15,6 +15,7 @@ use crate::address_space::AddressSpace;
 use crate::backing::{self, Backing};
 use crate::client::Source;
 use crate::maps::Area;
+use crate::spare;
 
 /// What a window shows for a run of frames.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -79,6 +80,8 @@ impl Window {
         let base = start + (wanted.wrapping_sub(start) & (align - 1));
         trim(start, base);
         trim(base + len, start + room);
+        // Where there is no room for them a conversion will be refused.
+        let _ = spare::take_back();
         let mut shown = RunMap::new();
         shown.insert(gfns.start().0, gfns.len(), Shows::Nothing);
         Ok(Self { base, len, gfns, shown, client: Vec::new(), owner })
@@ -160,15 +163,18 @@ impl Window {
     /// As [`Window::show`].
     pub fn replace(&mut self, range: GfnRange, shows: Shows, backings: &Backings) -> Result<(), Errno> {
         let Some(range) = self.gfns.intersect(range) else { return Ok(()) };
+        let mut room = Ok(());
         match self.map(range, shows, backings) {
             Err(Errno::NOMEM) => {
-                self.join(backings)?;
-                self.map(range, shows, backings)?;
+                spare::release();
+                let done = self.join(backings).and_then(|()| self.map(range, shows, backings));
+                room = spare::take_back();
+                done?;
             }
             done => done?,
         }
         self.shown.insert(range.start().0, range.len(), shows);
-        Ok(())
+        room
     }
 
     /// Maps every run anew, as one: seams (see [`map`]) count as mappings, of which a process has a limited number.

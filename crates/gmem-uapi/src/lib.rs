@@ -13,6 +13,7 @@ mod memfd;
 pub mod native;
 mod process;
 pub mod profile;
+mod snapshot;
 mod vcpu;
 mod vm;
 

@@ -29,6 +29,7 @@ use crate::abi::{self, MemoryAttributes, MemoryRegion};
 use crate::errno;
 use crate::guard::Guards;
 use crate::profile::Profile;
+use crate::snapshot::Snapshot;
 
 /// A VM that gmem emulates on an ordinary KVM VM.
 ///
@@ -368,8 +369,8 @@ impl VmObject {
         let range = GfnRange::from_bytes(claim.address, claim.size).map_err(|_| Errno::INVAL)?;
         let side = if claim.attributes == 0 { Side::Shared } else { Side::Private };
         let before = match state.core.slots().overlapping(range).next() {
-            Some(_) => collect(state.core.attribute_runs(range))?,
-            None => Vec::new(),
+            Some(_) => Some(Snapshot::of(&state.core, range)?),
+            None => None,
         };
         match state.convert(range, side) {
             Ok(()) => {
@@ -378,7 +379,7 @@ impl VmObject {
             }
             Err(error) => {
                 // Too many mappings (vm.max_map_count): back to what was, which needs no more than there were.
-                for (range, side) in before {
+                for (range, side) in before.iter().flat_map(Snapshot::runs) {
                     let _ = state.convert(range, side);
                 }
                 if error == Errno::NOMEM {
@@ -507,16 +508,6 @@ impl VmObject {
         drop(client);
         frames.into_iter().try_for_each(|range| mmu.show_views(core, range, Window::replace))
     }
-}
-
-/// All items, or ENOMEM: at the limit of mappings malloc may have nothing left, too, and a client must not be ended for it.
-fn collect<T>(items: impl Iterator<Item = T>) -> Result<Vec<T>, Errno> {
-    let mut all = Vec::new();
-    for item in items {
-        all.try_reserve(1).map_err(|_| Errno::NOMEM)?;
-        all.push(item);
-    }
-    Ok(all)
 }
 
 /// Says once why calls fail that would succeed on a kernel with private memory: their author cannot know.
