@@ -398,7 +398,7 @@ fn error(rules: Rules, wrong: &[Wrong]) -> Result<u64, PopulateError> {
 }
 
 #[test]
-#[cfg_attr(miri, ignore = "a VM for every pair of errors: many minutes")]
+#[cfg_attr(miri, ignore = "two VMs for each of many errors: minutes")]
 fn of_many_errors_the_kernels_first_is_told() {
     use Wrong::{Contents, FileClosed, NoSlot, NoSource, Poison, Refusal, Shared, Signal};
     let old = Rules { populate_once: true, populate_keeps_lock: true, ..Rules::NEWEST };
