@@ -160,8 +160,8 @@ impl VcpuObject {
     }
 
     fn after_mmio(&self, value: i32, mmio: &Mmio) -> Next {
-        // Devices mostly have no slot. That is seen without a lock, so that signals need not be blocked.
-        if !self.vm.has_slot(Gfn::of_gpa(mmio.gpa)) {
+        // Seen without a lock, so that signals need not be blocked.
+        if !self.vm.may_be_memory(Gfn::of_gpa(mmio.gpa)) {
             self.emulating.try_put(Some(self.emulated(mmio)));
             return Next::Return(Ok(value));
         }

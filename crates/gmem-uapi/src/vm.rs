@@ -44,8 +44,9 @@ pub(crate) struct VmObject {
     /// Where it was made; ioctls from anywhere else are EIO.
     owner: AddressSpace,
     client: Arc<Mutex<ClientMemory>>,
-    /// Frames with a slot; changed with `state` held, read without a lock.
-    slot_frames: PageSet,
+    /// Frames that may be something else than a device's: those with a slot, and those that are private or were. Changed with
+    /// `state` held, read without a lock.
+    memory: PageSet,
     state: RwLock<State>,
 }
 
@@ -229,7 +230,7 @@ impl VmObject {
             run_len,
             owner: AddressSpace::current()?,
             client,
-            slot_frames: PageSet::with_capacity(vm::MAX_FRAMES, false),
+            memory: PageSet::with_capacity(vm::MAX_FRAMES, false),
             state: RwLock::new(State {
                 core: Vm::new(arch, rules),
                 mmu: Mmu::default(),
@@ -252,21 +253,18 @@ impl VmObject {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether `gfn` has a slot. Takes no lock.
-    pub(crate) fn has_slot(&self, gfn: Gfn) -> bool {
-        self.slot_frames.get(gfn.0)
+    /// Whether an access to `gfn` may be something else than a device's. Takes no lock.
+    pub(crate) fn may_be_memory(&self, gfn: Gfn) -> bool {
+        self.memory.get(gfn.0)
     }
 
-    /// The slot `id` has the frames `gfns`. To be called before the guest can reach them: what it then leaves to be emulated
-    /// may be no device's.
-    fn add_slot_frames(&self, id: SlotId, gfns: GfnRange) {
-        if id.space == 0 {
-            self.slot_frames.set(gfns.start().0, gfns.len(), true);
-        }
+    /// To be called before the guest can see the change: what it then leaves to be emulated may be no device's.
+    fn becomes_memory(&self, gfns: GfnRange) {
+        self.memory.set(gfns.start().0, gfns.len(), true);
     }
 
     /// The slot `id` has the frames `gfns` no longer, but those of `kept`.
-    fn remove_slot_frames(&self, id: SlotId, gfns: GfnRange, kept: Option<GfnRange>) {
+    fn loses_slot(&self, core: &Vm, id: SlotId, gfns: GfnRange, kept: Option<GfnRange>) {
         let (before, after) = match kept {
             Some(kept) => (
                 GfnRange::new(gfns.start(), gfns.end().min(kept.start())),
@@ -274,8 +272,9 @@ impl VmObject {
             ),
             None => (Some(gfns), None),
         };
-        for gfns in before.into_iter().chain(after).filter(|_| id.space == 0) {
-            self.slot_frames.set(gfns.start().0, gfns.len(), false);
+        let parts = before.into_iter().chain(after).filter(|_| id.space == 0);
+        for (gfns, _) in parts.flat_map(|gfns| core.attribute_runs(gfns)).filter(|(_, side)| *side == Side::Shared) {
+            self.memory.set(gfns.start().0, gfns.len(), false);
         }
     }
 
@@ -372,6 +371,9 @@ impl VmObject {
             Some(_) => Some(Snapshot::of(&state.core, range)?),
             None => None,
         };
+        if side == Side::Private {
+            self.becomes_memory(range);
+        }
         match state.convert(range, side) {
             Ok(()) => {
                 self.update_guards(&mut state, range);
@@ -410,12 +412,12 @@ impl VmObject {
         let uncovered = self.make_room(state, id, range);
         let (result, shown) = state.run(&mut SetRegion::new(claim));
         let result = result.map_err(|error| errno::region(self.profile, error)).and(shown);
-        self.add_slot_frames(id, range);
+        self.becomes_memory(range);
         let real = result.and_then(|()| kvm::set_region(self.fd().as_fd(), &real_region(&claim, userspace_addr)));
         if let Err(error) = real {
             let _ = state.run(&mut SetRegion::new(Claim { memory_size: 0, ..claim }));
             state.mmu.windows.remove(&id);
-            self.remove_slot_frames(id, range, None);
+            self.loses_slot(&state.core, id, range, None);
             self.update_guards(state, uncovered);
             return Err(error);
         }
@@ -465,7 +467,7 @@ impl VmObject {
         let (result, _) = state.run(&mut SetRegion::new(claim));
         state.mmu.windows.remove(&id);
         if let Some(gfns) = gfns {
-            self.remove_slot_frames(id, gfns, None);
+            self.loses_slot(&state.core, id, gfns, None);
             self.update_guards(state, gfns);
         }
         result.map_err(|error| errno::region(self.profile, error)).map(|()| 0)
@@ -476,10 +478,10 @@ impl VmObject {
         let address = state.mmu.windows.get(&old.id).map_or(claim.userspace_addr, |window| window.base() as u64);
         let range = GfnRange::from_bytes(claim.guest_phys_addr, claim.memory_size).map_err(|_| Errno::INVAL)?;
         let uncovered = self.make_room(state, old.id, range).hull(old.gfns);
-        self.add_slot_frames(old.id, range);
+        self.becomes_memory(range);
         let changed = kvm::set_region(self.fd().as_fd(), &real_region(&claim, address));
         if let Err(error) = changed {
-            self.remove_slot_frames(old.id, range, Some(old.gfns));
+            self.loses_slot(&state.core, old.id, range, Some(old.gfns));
             self.update_guards(state, uncovered);
             return Err(error);
         }
@@ -487,7 +489,7 @@ impl VmObject {
             window.move_to(Gfn::of_gpa(claim.guest_phys_addr))?;
         }
         let (result, shown) = state.run(&mut SetRegion::new(claim));
-        self.remove_slot_frames(old.id, old.gfns, Some(range));
+        self.loses_slot(&state.core, old.id, old.gfns, Some(range));
         self.update_guards(state, uncovered);
         result.map_err(|error| errno::region(self.profile, error)).and(shown).map(|()| 0)
     }
