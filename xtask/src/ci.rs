@@ -141,9 +141,8 @@ const MIRI_FLAGS: &str = "-Zmiri-disable-isolation -Zmiri-disable-stacked-borrow
 const MIRI_FEATURES: &str = if cfg!(target_arch = "x86_64") { "-Ctarget-feature=+sha,+sse4.1,+ssse3" } else { "" };
 
 /// The tests of the core and of the table of descriptors under Miri, which finds undefined behaviour and races in what they do,
-/// weak memory included. They have
-/// less to do than elsewhere, and one that would take too long all the same is ignored by name. A nightly of another day will
-/// do where the pinned one is not installed.
+/// weak memory included. They have less to do than elsewhere, and one that would take too long all the same is ignored by
+/// name. A nightly of another day will do where the pinned one is not installed.
 fn miri() -> Result<()> {
     let run = |toolchain: &str, args: &[&str]| {
         let mut command = Command::new("cargo");

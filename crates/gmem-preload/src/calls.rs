@@ -591,8 +591,7 @@ unsafe fn by_number(number: c_long, args: [usize; 6]) -> c_long {
     // SAFETY: the same call with the same arguments.
     let real = || unsafe { real::syscall(number, a, b, c, d, e, f) };
     if let Some((fd, call)) = on_file(number, args) {
-        // SAFETY: as above.
-        return file_call(fd, call, || unsafe { real::syscall(number, a, b, c, d, e, f) });
+        return file_call(fd, call, real);
     }
     // SAFETY: the same call with the same arguments, through the function that stands for it.
     unsafe {

@@ -18,11 +18,12 @@ static LIBRARY: OnceLock<Hidden> = OnceLock::new();
 static KNOWN: AtomicI32 = AtomicI32::new(-1);
 
 /// The variable that has it.
-const NUMBER: &str = "GMEM_LIBRARY_FD";
+const NUMBER: &CStr = c"GMEM_LIBRARY_FD";
 
 /// Learns the library's number from the environment.
 pub(crate) fn find() {
-    let Some(number) = std::env::var(NUMBER).ok().and_then(|number| number.parse().ok()) else { return };
+    let number = NUMBER.to_str().ok().and_then(|name| std::env::var(name).ok());
+    let Some(number) = number.and_then(|number| number.parse().ok()) else { return };
     if gmem_host::kvm::is_open(number) {
         KNOWN.store(number, Ordering::Relaxed);
         // SAFETY: made by `gmem run` for this library, or by this library for a program that it ran in.
@@ -56,7 +57,7 @@ fn follow() {
     if before != now {
         let preload = |number: c_int| format!("/proc/self/fd/{number:/>5}");
         rewrite(c"LD_PRELOAD", &preload(before), &preload(now));
-        rewrite(c"GMEM_LIBRARY_FD", &format!("{before:05}"), &format!("{now:05}"));
+        rewrite(NUMBER, &format!("{before:05}"), &format!("{now:05}"));
     }
 }
 

@@ -65,18 +65,8 @@ pub enum Answer<T> {
 #[derive(Debug)]
 enum Entry {
     Vm(Arc<VmObject>),
-    Vcpu(Box<VcpuObject>),
+    Vcpu(Arc<VcpuObject>),
     File(Arc<FileObject>),
-}
-
-impl Entry {
-    /// The real `KVM_RUN`.
-    fn enter(&self) -> Result<i32, Errno> {
-        match self {
-            Self::Vcpu(vcpu) => vcpu.enter(),
-            Self::Vm(_) | Self::File(_) => Err(Errno::NOTTY),
-        }
-    }
 }
 
 /// How `KVM_RUN` goes on.
@@ -91,7 +81,7 @@ pub enum Run {
 /// A vCPU that is about to enter its guest or is in it, and stays open meanwhile.
 #[derive(Debug)]
 pub struct Running {
-    vcpu: Arc<Entry>,
+    vcpu: Arc<VcpuObject>,
     /// The descriptor's when the call was begun: it moves away from where a client puts one of its own.
     number: RawFd,
     retries: u32,
@@ -166,21 +156,18 @@ impl Process {
         entry
     }
 
+    /// The file of `fd`. A descriptor may have been closed unseen, by an instruction of the client's own, and its number may be
+    /// another file's.
     fn file(&self, fd: i32) -> Option<Arc<FileObject>> {
-        self.file_of(fd, &self.entry(fd)?)
-    }
-
-    /// The file of `fd`, whose entry is given. A descriptor may have been closed unseen, by an instruction of the client's own,
-    /// and its number may be another file's.
-    fn file_of(&self, fd: i32, entry: &Arc<Entry>) -> Option<Arc<FileObject>> {
-        let Entry::File(file) = &**entry else { return None };
+        let entry = self.entry(fd)?;
+        let Entry::File(file) = &*entry else { return None };
         if kvm::with_client_fd(fd, |fd| FileId::of(fd)).is_ok_and(|found| file.placeholder == Some(found)) {
             return Some(Arc::clone(file));
         }
         // A child of vfork has descriptors of its own.
         if address_space::is_own() {
             let _signals = SignalsBlocked::new();
-            let gone = self.fds.remove(fd, entry, |_| {
+            let gone = self.fds.remove(fd, &entry, |_| {
                 self.file_count.fetch_sub(1, Ordering::Relaxed);
             });
             drop(gone);
@@ -226,25 +213,24 @@ impl Process {
 
     /// `KVM_RUN`, up to the real one. If that does not return, nothing has to be undone, and what was returned is dropped.
     pub fn before_run(&self, fd: i32) -> Run {
-        let Some(entry) = self.entry(fd) else { return Run::End(Answer::Pass) };
-        match &*entry {
-            Entry::Vcpu(vcpu) => match vcpu.before_run() {
+        match self.entry(fd).as_deref() {
+            Some(Entry::Vcpu(vcpu)) => match vcpu.before_run() {
                 Some(result) => Run::End(Answer::Done(result)),
-                None => Run::Enter(Running { number: vcpu.number(), vcpu: Arc::clone(&entry), retries: 0 }),
+                None => Run::Enter(Running { number: vcpu.number(), vcpu: Arc::clone(vcpu), retries: 0 }),
             },
-            Entry::Vm(_) | Entry::File(_) => Run::End(self.ioctl_but_run(fd, abi::RUN, Argument::from(0))),
+            Some(Entry::Vm(_) | Entry::File(_)) => Run::End(self.ioctl_but_run(fd, abi::RUN, Argument::from(0))),
+            None => Run::End(Answer::Pass),
         }
     }
 
     /// The real `KVM_RUN` had this result.
     #[must_use]
     pub fn after_run(running: Running, result: Result<i32, Errno>) -> Run {
-        let Entry::Vcpu(vcpu) = &*running.vcpu else { return Run::End(Answer::Done(result)) };
-        let number = vcpu.number();
+        let number = running.vcpu.number();
         let next = match result {
             // It met the client's file where the descriptor had been a moment ago.
             Err(error) if error != Errno::INTR && number != running.number => Next::RunOn,
-            result => vcpu.after_run(result),
+            result => running.vcpu.after_run(result),
         };
         match next {
             Next::Return(result) => Run::End(Answer::Done(result)),
@@ -260,16 +246,13 @@ impl Process {
             let refused = !sizes && !abi::VFS_IOCTLS.contains(&request) && self.file(fd).is_some();
             return if refused { Answer::Done(Err(Errno::NOTTY)) } else { Answer::Pass };
         }
-        let entry = self.entry(fd);
-        match entry.as_deref() {
+        match self.entry(fd).as_deref() {
             Some(Entry::Vcpu(vcpu)) => vcpu_ioctl(vcpu, request, arg),
             Some(Entry::Vm(vm)) => {
                 let _signals = SignalsBlocked::new();
                 self.vm_ioctl(vm, request, arg)
             }
-            Some(Entry::File(_)) if entry.as_ref().is_some_and(|entry| self.file_of(fd, entry).is_some()) => {
-                Answer::Done(Err(Errno::NOTTY))
-            }
+            Some(Entry::File(_)) if self.file(fd).is_some() => Answer::Done(Err(Errno::NOTTY)),
             Some(Entry::File(_)) | None => self.system_ioctl(fd, request, arg),
         }
     }
@@ -352,7 +335,7 @@ impl Process {
         copy.become_copy_of(fd.as_fd())?;
         let vcpu = VcpuObject::new(copy, Arc::clone(vm), self.native.prefault)?;
         let fd = kvm::into_client(fd);
-        self.replace(fd, Some(Arc::new(Entry::Vcpu(Box::new(vcpu)))));
+        self.replace(fd, Some(Arc::new(Entry::Vcpu(Arc::new(vcpu)))));
         Ok(fd)
     }
 
@@ -485,15 +468,23 @@ impl Process {
         }
     }
 
+    fn has_vms(&self) -> bool {
+        self.vm_count.load(Ordering::Relaxed) > 0
+    }
+
+    fn has_mappings(&self) -> bool {
+        self.mapping_count.load(Ordering::Relaxed) > 0
+    }
+
     /// The client changed what it has mapped at `[start, start + len)`.
     pub fn mapping_changed(&self, start: usize, len: usize) {
         let end = start.saturating_add(len);
-        if self.mapping_count.load(Ordering::Relaxed) > 0 {
+        if self.has_mappings() {
             let _signals = SignalsBlocked::new();
             let gone = cut(&mut lock(&self.mappings), start, end);
             drop(gone);
         }
-        if self.vm_count.load(Ordering::Relaxed) > 0 {
+        if self.has_vms() {
             let _signals = SignalsBlocked::new();
             lock(&self.client).forget(start, end);
             self.show_anew(start, end);
@@ -502,7 +493,7 @@ impl Process {
 
     /// The client may now do something else with what it has mapped at `[start, start + len)`.
     pub fn protection_changed(&self, start: usize, len: usize) {
-        if self.vm_count.load(Ordering::Relaxed) > 0 {
+        if self.has_vms() {
             let _signals = SignalsBlocked::new();
             self.show_anew(start, start.saturating_add(len));
         }
@@ -518,15 +509,14 @@ impl Process {
 
     /// The client moved, grew or shrank the mapping at `start`; with `keeps` the old one is still there.
     pub fn mapping_moved(&self, (start, old): (usize, usize), (base, new): (usize, usize), keeps: bool) {
-        let (has_mappings, has_vm) =
-            (self.mapping_count.load(Ordering::Relaxed) > 0, self.vm_count.load(Ordering::Relaxed) > 0);
-        if !has_mappings && !has_vm {
+        let (has_mappings, has_vms) = (self.has_mappings(), self.has_vms());
+        if !has_mappings && !has_vms {
             return;
         }
         let _signals = SignalsBlocked::new();
         let file = if has_mappings { self.mapped_at(start) } else { None };
         let ram =
-            if has_vm { lock(&self.client).pick_up((start, old), (base, new), keeps) } else { Carried::default() };
+            if has_vms { lock(&self.client).pick_up((start, old), (base, new), keeps) } else { Carried::default() };
         // Of private memory only the address is kept.
         if !keeps || old > 0 && !ram.is_empty() {
             self.mapping_changed(start, old);
@@ -549,7 +539,13 @@ impl Process {
 
     /// `madvise`, as far as the host would answer it otherwise than the client expects.
     pub fn advice(&self, start: usize, len: usize, advice: i32) -> Answer<i32> {
-        if self.mapping_count.load(Ordering::Relaxed) == 0 && self.vm_count.load(Ordering::Relaxed) == 0 {
+        // Clients' allocators give advice often, and mostly such as is not looked at.
+        let concerns_gmem = match advice {
+            advice::COLLAPSE => self.has_mappings(),
+            advice::FREE | advice::REMOVE => self.has_vms(),
+            _ => false,
+        };
+        if !concerns_gmem {
             return Answer::Pass;
         }
         let end = start.saturating_add(len);
@@ -576,7 +572,7 @@ impl Process {
 
     /// `MADV_DONTNEED` by the client, after the host's: gmem gives the zeros that it expects.
     pub fn advise_dontneed(&self, start: usize, len: usize) -> Result<(), Errno> {
-        if self.vm_count.load(Ordering::Relaxed) == 0 {
+        if !self.has_vms() {
             return Ok(());
         }
         let _signals = SignalsBlocked::new();

@@ -69,6 +69,14 @@ impl<T> Rare<T> {
         }
     }
 
+    /// What is there, unless someone is at it, as for [`Rare::try_put`].
+    fn try_get(&self) -> Option<T>
+    where
+        T: Copy,
+    {
+        self.value.try_lock().ok().and_then(|value| *value)
+    }
+
     fn change(&self, mut place: MutexGuard<'_, Option<T>>, value: Option<T>) {
         self.exists.store(value.is_some(), Ordering::Relaxed);
         *place = value;
@@ -203,7 +211,7 @@ impl VcpuObject {
             // Such an access faults, over a guard. KVM takes the frame for a device only in the middle of an instruction that
             // the client emulates anyway, or in the moment before the guard was there; and every write to a read-only slot,
             // which it does not look for the page of.
-            View::Unbacked(_) => match *lock(&self.emulating.value) {
+            View::Unbacked(_) => match self.emulating.try_get() {
                 None => false,
                 Some(Emulating::Write(end, before)) if read_only() => {
                     end == access.gpa && before.is_some() && before == vcpu::progress(self.fd.hold().as_fd()).ok()
