@@ -109,6 +109,16 @@ fn a_race_under_gmem_loses_nothing_and_leaves_nothing() {
     succeeds(&["conform", "--race", "10"]);
 }
 
+/// Where the vCPUs run on processors of their own, a second has as many rounds as a minute in an emulated machine.
+#[test]
+fn a_race_under_gmem_on_this_machines_own_kvm_loses_nothing() {
+    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        println!("skipped: /dev/kvm is missing or cannot be opened");
+        return;
+    }
+    succeeds(&["conform", "--race", "10", "--here"]);
+}
+
 #[test]
 fn churn_under_gmem_leaks_nothing_and_leaves_nothing() {
     succeeds(&["conform", "--churn", "32"]);

@@ -36,7 +36,8 @@ use stress::Stress;
     cargo xtask conform --seeds 0..200\n  \
     cargo xtask conform --seeds 17..18 --ops 100\n  \
     cargo xtask conform --seeds 0..50 --surface file\n  \
-    cargo xtask conform --race 120")]
+    cargo xtask conform --race 120\n  \
+    cargo xtask conform --race 120 --here")]
 pub(crate) struct Args {
     /// Seeds, from the first to the one before the last
     #[arg(long, value_name = "A..B", value_parser = seeds, default_value = "0..10")]
@@ -62,11 +63,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     limit: u64,
     /// Let vCPUs race with conversions, punches, slots and closes under gmem instead
-    #[arg(long, value_name = "SECONDS", conflicts_with = "churn")]
+    #[arg(long, value_name = "SECONDS", group = "stress")]
     race: Option<u64>,
     /// Create, use and destroy VMs and files so many times under gmem instead
-    #[arg(long, value_name = "ROUNDS")]
+    #[arg(long, value_name = "ROUNDS", group = "stress")]
     churn: Option<u64>,
+    /// With --race or --churn: on this machine's own /dev/kvm, under `gmem run --emulate`; what is left is not looked at
+    #[arg(long, requires = "stress")]
+    here: bool,
     /// Do not shrink a mismatch
     #[arg(long)]
     no_shrink: bool,
@@ -138,7 +142,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     let (client, gmem) = (client(args.client.as_deref())?, args.surface.options(&args.gmem).ready()?);
     if let Some(stress) = Stress::of(args) {
-        return stress::run(args, stress, &client, &gmem);
+        let run = if args.here { stress::this_machine } else { stress::run };
+        return run(args, stress, &client, &gmem);
     }
     // A sequence has one thread: one processor is enough, and the emulation of one has fewer surprises.
     let both = Both { args, client, gmem, machine: args.machine.with_cpus(1) };

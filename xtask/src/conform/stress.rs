@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use super::Args;
 use super::left::Held;
+use crate::sys::Missing;
 use crate::under::{self, Gmem};
 use crate::vm::Mode;
 
@@ -71,30 +72,48 @@ pub(super) fn run(args: &Args, stress: Stress, client: &Path, gmem: &Gmem) -> Re
     Ok(ExitCode::from(under::myself(args.kernel, &machine, timeout, folder.path(), arguments)?))
 }
 
+/// On this machine's own KVM, whose vCPUs really run at the same time. What is left behind is not looked at: the machine has
+/// other users.
+pub(super) fn this_machine(args: &Args, stress: Stress, client: &Path, gmem: &Gmem) -> Result<ExitCode> {
+    if File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        bail!(Missing("/dev/kvm, to be read and written".to_owned()));
+    }
+    let folder = tempfile::tempdir()?;
+    let gmem = Gmem { emulate: true, ..gmem.clone() };
+    to_its_end(&words(args, stress, client, &gmem), stress, folder.path())?;
+    Ok(ExitCode::SUCCESS)
+}
+
 /// In a guest: one client that ends by itself, and one that is killed in the middle.
 pub(super) fn here(args: &Args, stress: Stress, folder: &Path, client: &Path) -> Result<ExitCode> {
-    let command = |stress: Stress| {
-        let mut words = args.gmem.prefix(args.under);
-        words.push(client.into());
-        words.extend(stress.words());
-        words.extend(["--seed".into(), args.seeds.start.to_string().into()]);
-        words.extend(["--surface".into(), args.surface.name().into()]);
-        words
-    };
-    let words = command(stress);
-    let log = folder.join("log");
     let before = Held::now()?;
+    let took = to_its_end(&words(args, stress, client, &args.gmem), stress, folder)?;
+    before.regained().context("after the client's own end")?;
+    killed(&words(args, stress.at_length(), client, &args.gmem), took / 2)?;
+    before.regained().context("after SIGKILL")?;
+    println!("nothing left behind: neither after the end of the client nor after SIGKILL");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn words(args: &Args, stress: Stress, client: &Path, gmem: &Gmem) -> Vec<OsString> {
+    let mut words = gmem.prefix(args.under);
+    words.push(client.into());
+    words.extend(stress.words());
+    words.extend(["--seed".into(), args.seeds.start.to_string().into()]);
+    words.extend(["--surface".into(), args.surface.name().into()]);
+    words
+}
+
+/// Runs a client, prints what it said, and returns how long it took.
+fn to_its_end(words: &[OsString], stress: Stress, folder: &Path) -> Result<Duration> {
+    let log = folder.join("log");
     let file = File::create(&log)?;
-    let ran = under::client(&words, stress.limit(), file.try_clone()?, file)?;
+    let ran = under::client(words, stress.limit(), file.try_clone()?, file)?;
     println!("{}", fs::read_to_string(&log)?.trim_end());
     if ran.status != 0 {
         bail!("{words:?} ended with {}", ran.status);
     }
-    before.regained().context("after the client's own end")?;
-    killed(&command(stress.at_length()), ran.took / 2)?;
-    before.regained().context("after SIGKILL")?;
-    println!("nothing left behind: neither after the end of the client nor after SIGKILL");
-    Ok(ExitCode::SUCCESS)
+    Ok(ran.took)
 }
 
 /// Starts a client and kills it after a while.
