@@ -63,13 +63,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     limit: u64,
     /// Let vCPUs race with conversions, punches, slots and closes under gmem instead
-    #[arg(long, value_name = "SECONDS", group = "stress")]
+    #[arg(long, value_name = "SECONDS", conflicts_with = "churn")]
     race: Option<u64>,
     /// Create, use and destroy VMs and files so many times under gmem instead
-    #[arg(long, value_name = "ROUNDS", group = "stress")]
+    #[arg(long, value_name = "ROUNDS")]
     churn: Option<u64>,
-    /// With --race or --churn: on this machine's own /dev/kvm, under `gmem run --emulate`; what is left is not looked at
-    #[arg(long, requires = "stress")]
+    /// With --race: on this machine's own /dev/kvm, under `gmem run --emulate`; what is left is not looked at
+    #[arg(long, requires = "race")]
     here: bool,
     /// Do not shrink a mismatch
     #[arg(long)]
