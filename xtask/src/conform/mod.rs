@@ -69,7 +69,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ROUNDS")]
     churn: Option<u64>,
     /// With --race: on this machine's own /dev/kvm, under `gmem run --emulate`; what is left is not looked at
-    #[arg(long, requires = "race")]
+    #[arg(long, requires = "race", conflicts_with = "churn")]
     here: bool,
     /// Do not shrink a mismatch
     #[arg(long)]
