@@ -63,7 +63,8 @@ impl Moved {
 
     /// The parts of this piece, which starts at `base`, that are mapped.
     fn mapped(&self, base: usize, maps: &Maps) -> impl Iterator<Item = (usize, Self)> {
-        let areas = maps.areas(base, self.end).into_iter().filter(move |area| self.is_in(base, area));
+        let areas =
+            maps.areas(base, self.end).unwrap_or_default().into_iter().filter(move |area| self.is_in(base, area));
         areas.map(|area| (area.start, Self { end: area.end, offset: area.offset, ..self.clone() }))
     }
 }
@@ -147,9 +148,11 @@ impl ClientMemory {
     /// ENOMEM, EMFILE; EOPNOTSUPP for memory that a userfaultfd has a part in, which would be told of no fault any more. What was
     /// moved before the error stays moved, which changes nothing for the client.
     pub fn make_shareable(&mut self, start: usize, len: usize) -> Result<(), Errno> {
+        let end = start.saturating_add(len);
         let maps = Maps::now()?;
-        self.forget_unmapped(&maps);
-        for area in maps.areas(start, start.saturating_add(len)) {
+        let areas = maps.areas(start, end)?;
+        self.forget_unmapped(start, end, &maps);
+        for area in areas {
             match area.sharing {
                 Sharing::Private => self.move_to_memfd(&area)?,
                 Sharing::Shared if is_hugetlb(&area) => self.move_to_memfd(&area)?,
@@ -183,10 +186,12 @@ impl ClientMemory {
     }
 
     /// What the client has mapped in `[start, start + len)`, in ascending order.
-    #[must_use]
-    pub fn sources(&self, maps: &Maps, start: usize, len: usize) -> Vec<Source> {
+    ///
+    /// # Errors
+    /// Those of reading `/proc/self/maps`.
+    pub fn sources(&self, maps: &Maps, start: usize, len: usize) -> Result<Vec<Source>, Errno> {
         let mut sources = Vec::new();
-        for area in maps.areas(start, start.saturating_add(len)) {
+        for area in maps.areas(start, start.saturating_add(len))? {
             let whole = Source { area, moved: None };
             let mut next = area.start;
             for (from, piece) in self.pieces(area.start, area.end) {
@@ -197,7 +202,7 @@ impl ClientMemory {
             }
             sources.extend(whole.part(next, area.end));
         }
-        sources
+        Ok(sources)
     }
 
     /// `MADV_DONTNEED` on memory that was private: the client expects zeros afterwards, which on shared memory only a hole gives.
@@ -253,9 +258,12 @@ impl ClientMemory {
         })
     }
 
-    fn forget_unmapped(&mut self, maps: &Maps) {
-        let all = std::mem::take(&mut self.moved);
-        self.moved = all.iter().flat_map(|(base, moved)| moved.mapped(*base, maps)).collect();
+    /// What was moved within `[start, end)` and is mapped no longer is gone.
+    fn forget_unmapped(&mut self, start: usize, end: usize, maps: &Maps) {
+        let mapped = |(base, moved): (usize, Moved)| moved.mapped(base, maps).collect::<Vec<_>>();
+        let still: Vec<_> = self.pieces(start, end).flat_map(mapped).collect();
+        self.forget(start, end);
+        self.moved.extend(still);
     }
 
     /// The client replaced or unmapped `[start, end)`: what was moved there is gone.
@@ -291,7 +299,7 @@ impl ClientMemory {
         let moved = pieces.map(|(from, piece)| (there(from), Moved { end: there(piece.end), ..piece }));
         let mut carried =
             Carried(moved.flat_map(|(from, piece)| piece.mapped(from, &maps).collect::<Vec<_>>()).collect());
-        for area in maps.areas(base + common, base + new) {
+        for area in maps.areas(base + common, base + new).unwrap_or_default() {
             carried.grow(&area);
         }
         if keeps && old > 0 {
@@ -303,7 +311,8 @@ impl ClientMemory {
     /// The old mapping of private memory that was moved with `MREMAP_DONTUNMAP` is empty afterwards.
     fn leave_nothing_behind(&self, start: usize, end: usize, maps: &Maps) {
         for (from, piece) in self.pieces(start, end).filter(|(_, piece)| piece.was != Was::Shared) {
-            for area in maps.areas(from, piece.end).into_iter().filter(|area| piece.is_in(from, area)) {
+            let areas = maps.areas(from, piece.end).unwrap_or_default();
+            for area in areas.into_iter().filter(|area| piece.is_in(from, area)) {
                 // SAFETY: the client's mapping of this range, of which it expects that it holds nothing any more.
                 let _ = unsafe { backing::map_new_at(area.start, area.end - area.start, area.prot) };
             }
@@ -329,7 +338,8 @@ impl ClientMemory {
         }
         let Ok(maps) = Maps::now() else { return };
         for (start, moved) in moved.into_iter().filter(|(_, moved)| moved.was != Was::Shared) {
-            for area in maps.areas(start, moved.end).into_iter().filter(|area| moved.is_in(start, area)) {
+            let areas = maps.areas(start, moved.end).unwrap_or_default();
+            for area in areas.into_iter().filter(|area| moved.is_in(start, area)) {
                 let (at, len) = (area.start, area.end - area.start);
                 // SAFETY: the client's mapping of this range is replaced by one with the contents that it expects.
                 let _ = unsafe {

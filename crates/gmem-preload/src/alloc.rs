@@ -15,7 +15,7 @@ use core::ptr::{self, null_mut, without_provenance_mut};
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use dlmalloc::Dlmalloc;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 #[global_allocator]
 static ALLOCATOR: Heaps = Heaps([const { Heap::new() }; HEAPS]);
@@ -26,6 +26,9 @@ const MAPPED: usize = HEAPS;
 const PAGE: usize = 4096;
 /// What a heap grows by, so that gmem has few mappings: a process may have only so many.
 const STEP: usize = 256 << 10;
+/// What a heap grows by when the reserve is used up: a huge page, where the host has those. Page state that is looked up at
+/// random is found in fewer steps there.
+const HUGE: usize = 2 << 20;
 /// Blocks from this size on are mappings of their own: absent until they are used, and gone when they are freed.
 const LARGE: usize = 1 << 20;
 /// How often all heaps are tried before a block becomes a mapping: some 100 microseconds.
@@ -279,7 +282,7 @@ unsafe impl dlmalloc::Allocator for Pages {
         /// Memory that the heap must not give back or join with other memory.
         const EXTERN: u32 = 1;
         let reserved = |until| RESERVE.cut(size, until).map(|base| (base, size, EXTERN));
-        let mapped = || map(size).map(|base| (base, size, 0));
+        let mapped = || map_huge(size).or_else(|| map(size).map(|base| (base, size, 0)));
         // The last of the reserve is for when the process has as many mappings as it may have.
         let found = reserved(RESERVE_SIZE - RESERVE_FOR_NEED).or_else(mapped);
         found.or_else(|| reserved(RESERVE_SIZE)).unwrap_or((null_mut(), 0, 0))
@@ -316,6 +319,23 @@ fn map(len: usize) -> Option<*mut u8> {
     let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
     // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
     unsafe { rustix::mm::mmap_anonymous(null_mut(), len, prot, flags) }.ok().map(<*mut _>::cast)
+}
+
+/// Memory of `size` bytes or more, in whole huge pages.
+fn map_huge(size: usize) -> Option<(*mut u8, usize, u32)> {
+    let len = size.checked_next_multiple_of(HUGE)?;
+    let room = map(len.checked_add(HUGE)?)?;
+    let before = room.align_offset(HUGE);
+    let base = room.wrapping_add(before);
+    // SAFETY: parts of what was mapped a moment ago, which nobody uses; the advice changes no contents.
+    unsafe {
+        if before > 0 {
+            unmap(room, before);
+        }
+        unmap(base.wrapping_add(len), HUGE - before);
+        let _ = rustix::mm::madvise(base.cast(), len, Advice::LinuxHugepage);
+    }
+    Some((base, len, 0))
 }
 
 /// # Safety
@@ -566,6 +586,22 @@ mod tests {
         let all: Vec<usize> = first.iter().chain(&rest).map(|base| base.addr()).collect();
         assert!(all.windows(2).all(|pair| pair[1] - pair[0] == STEP));
         assert!(RESERVE.cut(usize::MAX, RESERVE_SIZE).is_none());
+    }
+
+    #[test]
+    fn beyond_the_reserve_a_heap_grows_by_huge_pages() {
+        for size in [1, STEP, HUGE, HUGE + 1] {
+            let (base, len, _) = map_huge(size).unwrap();
+            assert_eq!((base.addr() % HUGE, len), (0, size.next_multiple_of(HUGE)));
+            let has_huge_pages = std::fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap();
+            assert_eq!(gmem_host::maps::VmFlags::at(base.addr()).unwrap().has("hg"), has_huge_pages);
+            // SAFETY: what was mapped a moment ago.
+            unsafe {
+                base.write_bytes(7, len);
+                assert!(unmap(base, len));
+            }
+        }
+        assert!(map_huge(usize::MAX).is_none() && map_huge(usize::MAX - HUGE).is_none());
     }
 
     #[test]

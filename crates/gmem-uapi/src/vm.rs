@@ -129,7 +129,7 @@ impl Mmu {
             let Some(slot) = core.slots().get(*id) else { continue };
             let len = usize::try_from(slot.gfns.len() * PAGE_SIZE).map_err(|_| Errno::NOMEM)?;
             let start = usize::try_from(slot.userspace_addr).map_err(|_| Errno::NOMEM)?;
-            window.learn_client(client.sources(&maps, start, len));
+            window.learn_client(client.sources(&maps, start, len)?);
         }
         Ok(())
     }
@@ -454,7 +454,7 @@ impl VmObject {
                     say_what_is_refused();
                 }
             })?;
-            window.learn_client(client.sources(&Maps::now()?, start, len));
+            window.learn_client(client.sources(&Maps::now()?, start, len)?);
         }
         let base = window.base() as u64;
         state.mmu.windows.insert(id, window);

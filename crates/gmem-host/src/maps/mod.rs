@@ -1,8 +1,11 @@
 //! What is mapped where in this process, from `/proc/self/maps`.
 
+mod query;
+
+use std::sync::OnceLock;
 use std::vec::Vec;
 
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
@@ -78,9 +81,15 @@ impl Area {
     }
 }
 
-/// The areas of this process at one moment, in ascending order.
-#[derive(Clone, Debug)]
-pub struct Maps(Vec<Mapped>);
+/// The areas of this process, as they are when they are asked for first.
+///
+/// A kernel that can be asked about a range is asked. Otherwise, and where the program may be in the range, all of them are read
+/// and kept.
+#[derive(Debug)]
+pub struct Maps {
+    file: OwnedFd,
+    read: OnceLock<Vec<Mapped>>,
+}
 
 #[derive(Clone, Debug)]
 struct Mapped {
@@ -93,39 +102,56 @@ impl Maps {
     /// Those of now.
     ///
     /// # Errors
-    /// Those of opening and reading `/proc/self/maps`.
+    /// Those of opening `/proc/self/maps`.
     pub fn now() -> Result<Self, Errno> {
-        let text = read_all("/proc/self/maps")?;
-        let mut named: Vec<(Area, &str)> = lines(&text).collect();
-        find_program(&mut named);
-        let nameless = nameless_program(&named);
-        let all = named.into_iter().zip(nameless);
-        Ok(Self(all.map(|((area, _), may_be_program)| Mapped { area, may_be_program }).collect()))
+        Ok(Self { file: open("/proc/self/maps")?, read: OnceLock::new() })
     }
 
     /// The areas that overlap `[start, end)`, in ascending order, cut to it.
     ///
     /// A part of the program that has no name may be one mapping with ordinary memory, so it counts as the program only where
     /// the range has named parts in it, too, and cannot be meant as guest RAM.
-    #[must_use]
-    pub fn areas(&self, start: usize, end: usize) -> Vec<Area> {
-        let first = self.0.partition_point(|mapped| mapped.area.end <= start);
-        let within = || self.0.iter().skip(first).take_while(|mapped| mapped.area.start < end);
+    ///
+    /// # Errors
+    /// Those of reading `/proc/self/maps`.
+    pub fn areas(&self, start: usize, end: usize) -> Result<Vec<Area>, Errno> {
+        let own = address_space::page().unwrap_or(0);
+        if self.read.get().is_none()
+            && !(start..end).contains(&own)
+            && let Some(areas) = query::areas(&self.file, start, end)
+        {
+            return Ok(areas);
+        }
+        let all = self.all()?;
+        let first = all.partition_point(|mapped| mapped.area.end <= start);
+        let within = || all.iter().skip(first).take_while(|mapped| mapped.area.start < end);
         let has_program = within().any(|mapped| mapped.area.sharing == Sharing::Program);
         let all = within().map(|Mapped { area, may_be_program }| Area {
             sharing: if has_program && *may_be_program { Sharing::Program } else { area.sharing },
             ..*area
         });
-        all.filter_map(|area| area.part(start, end)).collect()
+        Ok(all.filter_map(|area| area.part(start, end)).collect())
+    }
+
+    fn all(&self) -> Result<&[Mapped], Errno> {
+        if self.read.get().is_none() {
+            let text = read_to_end(&self.file)?;
+            let mut named: Vec<(Area, &str)> = lines(&text).collect();
+            find_program(&mut named);
+            let nameless = nameless_program(&named);
+            let all = named.into_iter().zip(nameless);
+            let _ = self.read.set(all.map(|((area, _), may_be_program)| Mapped { area, may_be_program }).collect());
+        }
+        Ok(self.read.get().map_or(&[], Vec::as_slice))
     }
 }
 
 /// The areas of now that overlap `[start, end)`.
 ///
 /// # Errors
-/// As [`Maps::now`].
+/// Those of opening and reading `/proc/self/maps`.
 pub fn areas(start: usize, end: usize) -> Result<Vec<Area>, Errno> {
-    Ok(Maps::now()?.areas(start, end))
+    Maps::now()?.areas(start, end)
 }
 
 /// The areas that their names tell to be the program: the kernel's words for stack, heap and vDSO, and loaded images. And the
@@ -217,7 +243,7 @@ impl VmFlags {
     /// # Errors
     /// Those of opening and reading the file; ENOENT if nothing is mapped there.
     pub fn at(address: usize) -> Result<Self, Errno> {
-        let file = rustix::fs::open("/proc/self/smaps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let file = open("/proc/self/smaps")?;
         let (mut text, mut inside) = (Vec::new(), false);
         loop {
             let n = read_more(&file, &mut text)?;
@@ -272,10 +298,17 @@ fn parse(line: &str) -> Option<(Area, &str)> {
     Some((area, name))
 }
 
+fn open(path: &str) -> Result<OwnedFd, Errno> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+}
+
 pub(crate) fn read_all(path: &str) -> Result<Vec<u8>, Errno> {
-    let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    read_to_end(&open(path)?)
+}
+
+fn read_to_end(file: &OwnedFd) -> Result<Vec<u8>, Errno> {
     let mut text = Vec::with_capacity(1 << 14);
-    while read_more(&file, &mut text)? > 0 {}
+    while read_more(file, &mut text)? > 0 {}
     Ok(text)
 }
 
@@ -313,6 +346,27 @@ mod tests {
         let on_stack = 0u8;
         assert_eq!(sharing((&raw const on_stack).addr()), Sharing::Program);
         LOCAL.with(|local| assert_eq!(sharing((&raw const *local).addr()), Sharing::Program));
+    }
+
+    #[test]
+    fn what_the_kernel_answers_about_a_range_is_what_it_writes_about_all() {
+        let mapped = vec![0u8; 1 << 24];
+        let maps = Maps::now().unwrap();
+        if !query::is_known(&maps.file) {
+            println!("skipped: this kernel has no PROCMAP_QUERY (Linux 6.11)");
+            return;
+        }
+        let address = mapped.as_ptr().addr();
+        let ranges = [(address, address + 1), (address + 5000, address + 9000), (address, address + (1 << 24))];
+        let asked = ranges.map(|(start, end)| query::areas(&maps.file, start, end).unwrap());
+        maps.all().unwrap();
+        assert_eq!(asked, ranges.map(|(start, end)| maps.areas(start, end).unwrap()));
+        assert!(asked.iter().all(|areas| areas[0].sharing == Sharing::Private && areas[0].file.is_none()));
+        // What may be the program it does not judge.
+        static DATA: [u64; 4] = [1, 2, 3, 4];
+        let address = (&raw const DATA).addr();
+        assert_eq!(query::areas(&maps.file, address, address + 1), None);
+        assert_eq!(query::areas(&maps.file, 0, 1), Some(Vec::new()));
     }
 
     #[test]
