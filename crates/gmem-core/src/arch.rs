@@ -239,6 +239,14 @@ impl Arch {
         matches!(self, Self::Tdx(_))
     }
 
+    /// Whether a page that is populated is in the guest's tables from then on, so that whoever takes its file's pages away has
+    /// to take it out of them: where what the guest gets is put there by those who protect it (`TDH.MEM.PAGE.ADD`,
+    /// `RMI_DATA_CREATE`, pKVM's donation). A page of an SNP guest gets there by its first fault.
+    #[must_use]
+    pub(crate) fn populates_tables(&self) -> bool {
+        matches!(self, Self::Tdx(_) | Self::Cca(_) | Self::Pkvm(_))
+    }
+
     /// The launch ends.
     ///
     /// # Errors

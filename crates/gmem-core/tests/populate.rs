@@ -6,11 +6,11 @@ mod common;
 use std::collections::BTreeSet;
 
 use common::{Machine, claim, file, gfns, pages, private_claim};
-use gmem_core::addr::{Gfn, GfnRange, PageIndex, PageRange};
+use gmem_core::addr::{Gfn, GfnRange, Level, PageIndex, PageRange};
 use gmem_core::arch::Arch;
 use gmem_core::file::{FileFlags, FileId, GetPageError};
 use gmem_core::ops::{Action, Lock, MemoryFailure, Operation, Pages, Populate, PopulateError, Populated, Source, Step};
-use gmem_core::vendor::{self, Cause, PopulateKind, Side, cca};
+use gmem_core::vendor::{self, Cause, Mapping, PopulateKind, Side, cca};
 use gmem_core::vm::{Rules, Vm};
 use proptest::collection::btree_set;
 use proptest::prelude::*;
@@ -197,6 +197,10 @@ impl Kernel<'_> {
         self.contents.insert(gfn);
         self.done += 1;
         self.actions.push(Action::CopyIn(Pages { file: FILE, range: PageRange::page(index) }));
+        if matches!(self.arch, Arch::Tdx(_) | Arch::Cca(_)) {
+            let (gfn, pfn) = (Gfn(gfn), FILE.pfn(index));
+            self.actions.push(Action::Map(Mapping { gfn, pfn, level: Level::Page4K, side: Side::Private }));
+        }
         Ok(())
     }
 

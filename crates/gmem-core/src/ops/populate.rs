@@ -1,8 +1,8 @@
 use super::{Action, Lock, Operation, Pages, Parts, Reach, Step};
-use crate::addr::{Gfn, GfnRange, PageRange};
+use crate::addr::{Gfn, GfnRange, Level, PageRange};
 use crate::file::{FileId, GetPageError};
 use crate::slot::SlotId;
-use crate::vendor::{self, PopulateKind, Refusal, Side};
+use crate::vendor::{self, Mapping, PopulateKind, Refusal, Side};
 use crate::vm::Vm;
 
 /// Why a page could not be populated.
@@ -88,6 +88,7 @@ enum State {
     Find,
     LockFile(Call),
     Page(Call),
+    Map(Call, Mapping),
     UnlockFile(Call),
     UnlockSlots,
     Done,
@@ -173,10 +174,10 @@ impl<'a> Populate<'a> {
 
     fn page(&mut self, vm: &mut Vm, call: Call) -> Step<Populated> {
         match self.try_page(vm, call.slot) {
-            Ok(pages) => {
+            Ok((pages, mapping)) => {
                 self.next = PageRange::page(self.next).end();
-                let stays = vm.rules.populate_keeps_lock && self.next < call.end;
-                let state = if stays { State::Page(call) } else { State::UnlockFile(call) };
+                let maps = vm.arch.populates_tables();
+                let state = if maps { State::Map(call, mapping) } else { self.after_page(vm, call) };
                 self.advance(state, Action::CopyIn(pages))
             }
             Err(error) => {
@@ -186,8 +187,13 @@ impl<'a> Populate<'a> {
         }
     }
 
+    fn after_page(&self, vm: &Vm, call: Call) -> State {
+        let stays = vm.rules.populate_keeps_lock && self.next < call.end;
+        if stays { State::Page(call) } else { State::UnlockFile(call) }
+    }
+
     /// A page that is refused may have got its memory, which is all that is left of the attempt.
-    fn try_page(&self, vm: &mut Vm, slot: SlotId) -> Result<Pages, PopulateError> {
+    fn try_page(&self, vm: &mut Vm, slot: SlotId) -> Result<(Pages, Mapping), PopulateError> {
         if vm.rules.populate_keeps_lock {
             self.check_signal()?;
         }
@@ -206,7 +212,8 @@ impl<'a> Populate<'a> {
         if let Some(file) = vm.files.get_mut(&id) {
             file.mark_up_to_date(range);
         }
-        Ok(Pages { file: id, range })
+        let mapping = Mapping { gfn: self.next, pfn, level: Level::Page4K, side: Side::Private };
+        Ok((Pages { file: id, range }, mapping))
     }
 
     fn unlock_file(&mut self, vm: &Vm, call: Call) -> Step<Populated> {
@@ -239,6 +246,7 @@ impl Operation for Populate<'_> {
             State::Find => self.find(vm),
             State::LockFile(call) => self.lock_file(vm, call),
             State::Page(call) => self.page(vm, call),
+            State::Map(call, mapping) => self.advance(self.after_page(vm, call), Action::Map(mapping)),
             State::UnlockFile(call) => self.unlock_file(vm, call),
             State::UnlockSlots => self.unlock_slots(),
             State::Done => Step::Done(Populated { pages: self.done(), stopped: self.stopped }),
@@ -247,9 +255,12 @@ impl Operation for Populate<'_> {
 
     fn reach(&self) -> Reach {
         match self.state {
-            State::LockSlots | State::LockFile(_) | State::UnlockFile(_) | State::UnlockSlots | State::Done => {
-                Reach::NOTHING
-            }
+            State::LockSlots
+            | State::LockFile(_)
+            | State::Map(..)
+            | State::UnlockFile(_)
+            | State::UnlockSlots
+            | State::Done => Reach::NOTHING,
             State::Find => Reach::reads(Parts::SLOTS),
             State::Page(_) => Reach::writes(Parts::FILES | Parts::ARCH).and_reads(Parts::SLOTS | Parts::ATTRIBUTES),
         }
