@@ -69,6 +69,12 @@ enum Entry {
     File(Arc<FileObject>),
 }
 
+impl Entry {
+    fn vcpu(&self) -> Option<&VcpuObject> {
+        if let Self::Vcpu(vcpu) = self { Some(vcpu) } else { None }
+    }
+}
+
 /// How `KVM_RUN` goes on.
 #[derive(Debug)]
 pub enum Run {
@@ -81,7 +87,8 @@ pub enum Run {
 /// A vCPU that is about to enter its guest or is in it, and stays open meanwhile.
 #[derive(Debug)]
 pub struct Running {
-    vcpu: Arc<VcpuObject>,
+    /// A vCPU's: to keep the entry that was looked up costs less than another reference.
+    entry: Arc<Entry>,
     /// The descriptor's when the call was begun: it moves away from where a client puts one of its own.
     number: RawFd,
     retries: u32,
@@ -92,6 +99,10 @@ impl Running {
     #[must_use]
     pub fn number(&self) -> RawFd {
         self.number
+    }
+
+    fn enter(&self) -> Result<i32, Errno> {
+        self.entry.vcpu().map_or(Err(Errno::IO), VcpuObject::enter)
     }
 }
 
@@ -204,7 +215,7 @@ impl Process {
             match run {
                 Run::End(answer) => return answer,
                 Run::Enter(running) => {
-                    let result = running.vcpu.enter();
+                    let result = running.enter();
                     run = Self::after_run(running, result);
                 }
             }
@@ -213,24 +224,23 @@ impl Process {
 
     /// `KVM_RUN`, up to the real one. If that does not return, nothing has to be undone, and what was returned is dropped.
     pub fn before_run(&self, fd: i32) -> Run {
-        match self.entry(fd).as_deref() {
-            Some(Entry::Vcpu(vcpu)) => match vcpu.before_run() {
-                Some(result) => Run::End(Answer::Done(result)),
-                None => Run::Enter(Running { number: vcpu.number(), vcpu: Arc::clone(vcpu), retries: 0 }),
-            },
-            Some(Entry::Vm(_) | Entry::File(_)) => Run::End(self.ioctl_but_run(fd, abi::RUN, Argument::from(0))),
-            None => Run::End(Answer::Pass),
+        let Some(entry) = self.entry(fd) else { return Run::End(Answer::Pass) };
+        match entry.vcpu().map(|vcpu| (vcpu.before_run(), vcpu.number())) {
+            Some((None, number)) => Run::Enter(Running { entry, number, retries: 0 }),
+            Some((Some(result), _)) => Run::End(Answer::Done(result)),
+            None => Run::End(self.ioctl_but_run(fd, abi::RUN, Argument::from(0))),
         }
     }
 
     /// The real `KVM_RUN` had this result.
     #[must_use]
     pub fn after_run(running: Running, result: Result<i32, Errno>) -> Run {
-        let number = running.vcpu.number();
+        let Some(vcpu) = running.entry.vcpu() else { return Run::End(Answer::Done(result)) };
+        let number = vcpu.number();
         let next = match result {
             // It met the client's file where the descriptor had been a moment ago.
             Err(error) if error != Errno::INTR && number != running.number => Next::RunOn,
-            result => running.vcpu.after_run(result),
+            result => vcpu.after_run(result),
         };
         match next {
             Next::Return(result) => Run::End(Answer::Done(result)),
