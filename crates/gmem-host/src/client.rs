@@ -22,6 +22,8 @@ use crate::sys;
 #[derive(Debug, Default)]
 pub struct ClientMemory {
     moved: BTreeMap<usize, Moved>,
+    /// How many were left when all were last looked at.
+    looked_at: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -133,6 +135,8 @@ impl Source {
 }
 
 const PAGE: usize = 4096;
+/// Pieces of moved memory that are all looked at whenever one is added.
+const FEW: usize = 16;
 /// Bytes whose page map is read at once.
 const BLOCK: usize = 1 << 25;
 
@@ -258,12 +262,18 @@ impl ClientMemory {
         })
     }
 
-    /// What was moved within `[start, end)` and is mapped no longer is gone.
+    /// What was moved within `[start, end)` and is mapped no longer is gone; elsewhere, too, if it is cheap to find out: where there
+    /// is little, or as much again as there was the last time.
     fn forget_unmapped(&mut self, start: usize, end: usize, maps: &Maps) {
+        let all = self.moved.len() <= FEW || self.moved.len() >= 2 * self.looked_at;
+        let (start, end) = if all { (0, usize::MAX) } else { (start, end) };
         let mapped = |(base, moved): (usize, Moved)| moved.mapped(base, maps).collect::<Vec<_>>();
         let still: Vec<_> = self.pieces(start, end).flat_map(mapped).collect();
         self.forget(start, end);
         self.moved.extend(still);
+        if all {
+            self.looked_at = self.moved.len();
+        }
     }
 
     /// The client replaced or unmapped `[start, end)`: what was moved there is gone.
@@ -446,6 +456,22 @@ mod tests {
         rustix::io::pread(backing.fd(), &mut bytes, 0).unwrap();
         assert!(bytes.iter().all(|byte| *byte == bytes[0]));
         bytes[0]
+    }
+
+    /// libc's `free` unmaps without a call that gmem sees: what was moved there must not be kept for long.
+    #[test]
+    fn memory_that_was_unmapped_unseen_is_given_back() {
+        let mut memory = ClientMemory::default();
+        let mut most = 0;
+        for page in 1..=1000 {
+            let backing = Arc::new(Backing::new(PAGE as u64).unwrap());
+            let piece = Moved { end: (page + 1) * PAGE, offset: 0, was: Was::Anonymous, wiped: false, backing };
+            memory.moved.insert(page * PAGE, piece);
+            most = most.max(memory.moved.len());
+            // Nothing of this is mapped.
+            memory.make_shareable(PAGE, 0).unwrap();
+        }
+        assert!(most <= FEW + 1 && memory.moved.is_empty(), "{most}, then {}", memory.moved.len());
     }
 
     #[test]
