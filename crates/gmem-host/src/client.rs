@@ -64,10 +64,16 @@ impl Moved {
     }
 
     /// The parts of this piece, which starts at `base`, that are mapped.
-    fn mapped(&self, base: usize, maps: &Maps) -> impl Iterator<Item = (usize, Self)> {
-        let areas =
-            maps.areas(base, self.end).unwrap_or_default().into_iter().filter(move |area| self.is_in(base, area));
-        areas.map(|area| (area.start, Self { end: area.end, offset: area.offset, ..self.clone() }))
+    fn mapped(&self, base: usize, maps: &Maps) -> Result<Vec<(usize, Self)>, Errno> {
+        let areas = self.areas(base, maps)?.into_iter();
+        Ok(areas.map(|area| (area.start, Self { end: area.end, offset: area.offset, ..self.clone() })).collect())
+    }
+
+    /// The same as areas.
+    fn areas(&self, base: usize, maps: &Maps) -> Result<Vec<Area>, Errno> {
+        let mut areas = maps.areas(base, self.end)?;
+        areas.retain(|area| self.is_in(base, area));
+        Ok(areas)
     }
 }
 
@@ -155,7 +161,7 @@ impl ClientMemory {
         let end = start.saturating_add(len);
         let maps = Maps::now()?;
         let areas = maps.areas(start, end)?;
-        self.forget_unmapped(start, end, &maps);
+        self.forget_unmapped(start, end, &maps)?;
         for area in areas {
             match area.sharing {
                 Sharing::Private => self.move_to_memfd(&area)?,
@@ -230,7 +236,7 @@ impl ClientMemory {
         let end = end_of_pages(start, len)?;
         let maps = self.pieces(start, end).next().and_then(|_| Maps::now().ok())?;
         let anonymous = self.pieces(start, end).filter(|(_, piece)| piece.was == Was::Anonymous);
-        let mut mapped = anonymous.flat_map(|(from, piece)| piece.mapped(from, &maps).collect::<Vec<_>>());
+        let mut mapped = anonymous.flat_map(|(from, piece)| piece.mapped(from, &maps).unwrap_or_default());
         let whole = mapped.try_fold(start, |next, (from, piece)| (from == next).then_some(piece.end)) == Some(end);
         whole.then(|| {
             // SAFETY: the memory is shared, so that this changes nothing, but it is refused for the same reasons.
@@ -245,7 +251,9 @@ impl ClientMemory {
     pub fn refuses_removal(&self, start: usize, len: usize) -> Option<Errno> {
         let end = end_of_pages(start, len)?;
         let maps = self.pieces(start, end).next().and_then(|_| Maps::now().ok())?;
-        let mut mapped = self.pieces(start, end).filter(|(from, piece)| piece.mapped(*from, &maps).next().is_some());
+        let mut mapped = self
+            .pieces(start, end)
+            .filter(|(from, piece)| piece.areas(*from, &maps).is_ok_and(|areas| !areas.is_empty()));
         mapped.find_map(|(_, piece)| match piece.was {
             Was::Anonymous => Some(Errno::INVAL),
             Was::PrivateFile => Some(Errno::ACCESS),
@@ -264,16 +272,17 @@ impl ClientMemory {
 
     /// What was moved within `[start, end)` and is mapped no longer is gone; elsewhere, too, if it is cheap to find out: where there
     /// is little, or as much again as there was the last time.
-    fn forget_unmapped(&mut self, start: usize, end: usize, maps: &Maps) {
+    fn forget_unmapped(&mut self, start: usize, end: usize, maps: &Maps) -> Result<(), Errno> {
         let all = self.moved.len() <= FEW || self.moved.len() >= 2 * self.looked_at;
         let (start, end) = if all { (0, usize::MAX) } else { (start, end) };
-        let mapped = |(base, moved): (usize, Moved)| moved.mapped(base, maps).collect::<Vec<_>>();
-        let still: Vec<_> = self.pieces(start, end).flat_map(mapped).collect();
+        let still: Result<Vec<_>, _> = self.pieces(start, end).map(|(base, moved)| moved.mapped(base, maps)).collect();
+        let still = still?;
         self.forget(start, end);
-        self.moved.extend(still);
+        self.moved.extend(still.into_iter().flatten());
         if all {
             self.looked_at = self.moved.len();
         }
+        Ok(())
     }
 
     /// The client replaced or unmapped `[start, end)`: what was moved there is gone.
@@ -307,8 +316,8 @@ impl ClientMemory {
         let Some(maps) = pieces.peek().and_then(|_| Maps::now().ok()) else { return Carried::default() };
         let there = |address: usize| base + (address - start);
         let moved = pieces.map(|(from, piece)| (there(from), Moved { end: there(piece.end), ..piece }));
-        let mut carried =
-            Carried(moved.flat_map(|(from, piece)| piece.mapped(from, &maps).collect::<Vec<_>>()).collect());
+        let mapped = moved.flat_map(|(from, piece)| piece.mapped(from, &maps).unwrap_or_default());
+        let mut carried = Carried(mapped.collect());
         for area in maps.areas(base + common, base + new).unwrap_or_default() {
             carried.grow(&area);
         }
@@ -321,8 +330,7 @@ impl ClientMemory {
     /// The old mapping of private memory that was moved with `MREMAP_DONTUNMAP` is empty afterwards.
     fn leave_nothing_behind(&self, start: usize, end: usize, maps: &Maps) {
         for (from, piece) in self.pieces(start, end).filter(|(_, piece)| piece.was != Was::Shared) {
-            let areas = maps.areas(from, piece.end).unwrap_or_default();
-            for area in areas.into_iter().filter(|area| piece.is_in(from, area)) {
+            for area in piece.areas(from, maps).unwrap_or_default() {
                 // SAFETY: the client's mapping of this range, of which it expects that it holds nothing any more.
                 let _ = unsafe { backing::map_new_at(area.start, area.end - area.start, area.prot) };
             }
@@ -348,8 +356,7 @@ impl ClientMemory {
         }
         let Ok(maps) = Maps::now() else { return };
         for (start, moved) in moved.into_iter().filter(|(_, moved)| moved.was != Was::Shared) {
-            let areas = maps.areas(start, moved.end).unwrap_or_default();
-            for area in areas.into_iter().filter(|area| moved.is_in(start, area)) {
+            for area in moved.areas(start, &maps).unwrap_or_default() {
                 let (at, len) = (area.start, area.end - area.start);
                 // SAFETY: the client's mapping of this range is replaced by one with the contents that it expects.
                 let _ = unsafe {
