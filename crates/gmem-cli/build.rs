@@ -7,6 +7,8 @@ use std::process::Command;
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
     let target = out.join("preload");
+    // Its profiles.
+    println!("cargo::rerun-if-changed=../../Cargo.toml");
     for room in ["gmem-core", "gmem-host", "gmem-uapi", "gmem-preload"] {
         println!("cargo::rerun-if-changed=../{room}/src");
         println!("cargo::rerun-if-changed=../{room}/Cargo.toml");

@@ -13,6 +13,8 @@ fn client() {
         "device" => parts::handler_at_a_device(),
         "cancelled" => parts::cancelled_anywhere(),
         "exits" => parts::exits_in_a_handler(),
+        "runs" => parts::handler_runs_another_vcpu(),
+        "closed" => parts::closed_while_it_runs(),
         _ => {}
     }
 }
@@ -40,6 +42,16 @@ fn a_thread_may_be_cancelled_anywhere_in_a_call() {
 #[test]
 fn a_handler_may_end_the_thread_that_runs_a_vcpu() {
     under_gmem("exits");
+}
+
+#[test]
+fn a_handler_may_run_a_vcpu_while_its_thread_runs_another() {
+    under_gmem("runs");
+}
+
+#[test]
+fn a_vcpu_that_is_closed_while_it_runs_is_gone_when_it_stops() {
+    under_gmem("closed");
 }
 
 mod parts {
@@ -300,5 +312,72 @@ mod parts {
         // SAFETY: descriptors of this function's.
         [vcpu, vm].into_iter().for_each(|fd| assert_eq!(unsafe { libc::close(fd) }, 0));
         assert_eq!(open_vms(), 0, "the thread keeps something");
+    }
+
+    extern "C" fn run_another(_: c_int) {
+        handle(|vm, _| {
+            let vcpu = guest(vm, TO_A_DEVICE);
+            let ran = ioctl(vcpu, KVM_RUN, 0) == Ok(0);
+            // The one that was interrupted, too: nobody has its entry any more.
+            [vcpu, vm, VCPU.load(Ordering::Relaxed), FILE.load(Ordering::Relaxed)]
+                .into_iter()
+                // SAFETY: descriptors that are closed once.
+                .for_each(|fd| assert_eq!(unsafe { libc::close(fd) }, 0));
+            ran
+        });
+    }
+
+    /// Sends `signal` to this thread after a while.
+    fn interrupted(signal: c_int, before: impl FnOnce() + Send, work: impl FnOnce()) {
+        // SAFETY: nothing to keep.
+        let this = unsafe { libc::pthread_self() };
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(100));
+                before();
+                // SAFETY: that thread waits for this one.
+                unsafe { libc::pthread_kill(this, signal) };
+            });
+            work();
+        });
+    }
+
+    pub(super) fn handler_runs_another_vcpu() {
+        // SAFETY: a handler that makes system calls.
+        assert_ne!(unsafe { libc::signal(libc::SIGUSR1, run_another as *const () as usize) }, libc::SIG_ERR);
+        for _ in 0..5 {
+            let vm = protected_vm();
+            let vcpu = guest(vm, FOR_EVER);
+            (VCPU.store(vcpu, Ordering::Relaxed), FILE.store(vm, Ordering::Relaxed));
+            VM.store(protected_vm(), Ordering::Relaxed);
+            interrupted(
+                libc::SIGUSR1,
+                || (),
+                || {
+                    assert_eq!(ioctl(vcpu, KVM_RUN, 0), Err(libc::EINTR));
+                },
+            );
+            assert_eq!(REFUSED.load(Ordering::Relaxed), 0);
+            assert_eq!(open_vms(), 0, "the handler or its thread keeps something");
+        }
+        assert_eq!(HANDLED.load(Ordering::Relaxed), 5);
+    }
+
+    extern "C" fn nothing(_: c_int) {}
+
+    pub(super) fn closed_while_it_runs() {
+        // SAFETY: a handler that does nothing.
+        assert_ne!(unsafe { libc::signal(libc::SIGUSR1, nothing as *const () as usize) }, libc::SIG_ERR);
+        for _ in 0..5 {
+            let vm = protected_vm();
+            let vcpu = guest(vm, FOR_EVER);
+            let close = || {
+                // SAFETY: descriptors that are closed once.
+                [vcpu, vm].into_iter().for_each(|fd| assert_eq!(unsafe { libc::close(fd) }, 0));
+                assert!(open_vms() > 0, "what runs is still there");
+            };
+            interrupted(libc::SIGUSR1, close, || assert_eq!(ioctl(vcpu, KVM_RUN, 0), Err(libc::EINTR)));
+            assert_eq!(open_vms(), 0, "the thread keeps something");
+        }
     }
 }

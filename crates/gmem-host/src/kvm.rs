@@ -82,6 +82,7 @@ pub fn disable_quirks(vm: BorrowedFd<'_>, quirks: u64) -> Result<(), Errno> {
 ///
 /// # Errors
 /// The kernel's.
+#[inline]
 pub fn run(vcpu: BorrowedFd<'_>) -> Result<i32, Errno> {
     // SAFETY: the guest touches what its slots show (see the module).
     unsafe { sys::long_ioctl(vcpu, RUN, 0) }

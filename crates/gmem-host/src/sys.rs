@@ -45,10 +45,12 @@ unsafe fn syscall6(nr: usize, args: [usize; 6]) -> Result<usize, Errno> {
 }
 
 fn result(ret: isize) -> Result<usize, Errno> {
-    match usize::try_from(ret) {
-        Ok(value) => Ok(value),
-        Err(_) => Err(i32::try_from(-ret).map_or(Errno::INVAL, Errno::from_raw_os_error)),
-    }
+    usize::try_from(ret).map_err(|_| errno(ret))
+}
+
+#[cold]
+fn errno(ret: isize) -> Errno {
+    i32::try_from(-ret).map_or(Errno::INVAL, Errno::from_raw_os_error)
 }
 
 /// `ioctl` as the kernel has it, from which glibc may unwind the thread: a signal can end it there.
@@ -65,11 +67,15 @@ unsafe extern "C-unwind" fn bare_ioctl(fd: usize, request: usize, arg: usize) ->
 ///
 /// # Safety
 /// As [`ioctl`].
+#[inline]
 pub(crate) unsafe fn long_ioctl(fd: BorrowedFd<'_>, request: u32, arg: usize) -> Result<i32, Errno> {
     let fd = usize::try_from(fd.as_raw_fd()).map_err(|_| Errno::BADF)?;
     // SAFETY: passed on to the caller.
-    let value = result(unsafe { bare_ioctl(fd, request as usize, arg) })?;
-    i32::try_from(value).map_err(|_| Errno::OVERFLOW)
+    let ret = unsafe { bare_ioctl(fd, request as usize, arg) };
+    match i32::try_from(ret) {
+        Ok(value) if value >= 0 => Ok(value),
+        _ => Err(errno(ret)),
+    }
 }
 
 /// `ioctl` with an argument that is a number or an address which only the kernel interprets.

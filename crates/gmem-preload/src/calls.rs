@@ -61,16 +61,20 @@ pub(crate) unsafe extern "C-unwind" fn ioctl(fd: c_int, number: c_ulong, arg: us
 }
 
 unsafe extern "C-unwind" fn ioctl_with_stack(fd: c_int, number: c_ulong, arg: usize, stack: usize) -> c_int {
+    // SAFETY: the arguments are the client's.
+    let real = move || unsafe { real::ioctl(fd, number, arg) };
+    if Process::is_run(request(number), arg) {
+        return give(run(fd), real);
+    }
+    any_ioctl((fd, number, arg), stack, real)
+}
+
+/// Apart from `KVM_RUN`, which needs none of what this has in its frame.
+#[inline(never)]
+fn any_ioctl((fd, number, arg): (c_int, c_ulong, usize), stack: usize, real: impl FnOnce() -> c_int + Copy) -> c_int {
     // SAFETY: the return address to the client lies there, and this thread goes on using that stack until it returns.
     let argument = unsafe { Argument::beside(arg, stack) };
-    match process() {
-        Some(process) if Process::is_run(request(number), arg) => {
-            // SAFETY: the arguments go to libc's `ioctl`.
-            give(run(process, fd), || unsafe { real::ioctl(fd, number, arg) })
-        }
-        // SAFETY: as above.
-        _ => answer(|process| process.ioctl(fd, request(number), argument), || unsafe { real::ioctl(fd, number, arg) }),
-    }
+    answer(|process| process.ioctl(fd, request(number), argument), real)
 }
 
 export! {

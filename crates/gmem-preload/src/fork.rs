@@ -8,6 +8,7 @@ use gmem_host::sys::{SignalsBlocked, copy_from_client};
 use gmem_uapi::ForkGuard;
 
 use crate::own::{Cancellation, DEFERRED, own};
+use crate::run::with_pin;
 use crate::{Returned, alloc};
 
 /// What a fork must find free. The heaps go first: whoever waits for another lock may need one next.
@@ -67,7 +68,7 @@ extern "C-unwind" fn child() {
 
 fn is_child() {
     if let Some(process) = crate::process() {
-        process.is_child();
+        with_pin(|pin| process.is_child(pin));
     }
 }
 

@@ -1,96 +1,106 @@
 //! `KVM_RUN`, in which a thread may be ended, by a signal handler or another thread. What it needs over the real call is
-//! therefore not in a frame of its stack.
+//! therefore not in a frame of its stack, but pinned.
 
-use std::cell::Cell;
+use std::cell::OnceCell;
 use std::ffi::c_int;
-use std::sync::atomic::{Ordering, compiler_fence};
 
 use gmem_host::kvm;
 use gmem_host::sys::SignalsBlocked;
-use gmem_uapi::{Answer, Errno, Process, Run, Running};
-use rustix::fd::{BorrowedFd, RawFd};
+use gmem_host::table::Pin;
+use gmem_uapi::{Answer, Entry, Errno, Process, Run, Running};
+use rustix::fd::BorrowedFd;
 
 use crate::own::own;
 use crate::process;
 
-/// The vCPU that a thread runs.
-struct Place {
-    running: Cell<Option<Running>>,
-    is_changing: Cell<bool>,
-}
-
 thread_local! {
-    static PLACE: Place = const { Place { running: Cell::new(None), is_changing: Cell::new(false) } };
+    /// Where the vCPU that this thread runs is pinned. Apart from `END`: to look at what has nothing to drop costs nothing.
+    static PIN: OnceCell<Pin<'static, Entry>> = const { OnceCell::new() };
+    static END: End = const { End };
 }
 
-impl Place {
-    /// `None` in a handler that came amid another change.
-    fn replace(&self, running: Option<Running>) -> Option<Option<Running>> {
-        if self.is_changing.replace(true) {
-            return None;
-        }
-        compiler_fence(Ordering::SeqCst);
-        let old = self.running.replace(running);
-        compiler_fence(Ordering::SeqCst);
-        self.is_changing.set(false);
-        Some(old)
-    }
-}
+/// The end of a thread, maybe in the real call.
+struct End;
 
-impl Drop for Place {
+impl Drop for End {
     fn drop(&mut self) {
         let _signals = SignalsBlocked::new();
-        // The thread was ended in the real call.
-        drop(self.running.take());
+        // SAFETY: the thread has left the functions below, and gmem's own code does not end threads.
+        with_pin(|pin| pin.map(|pin| unsafe { pin.end() }));
     }
 }
 
-/// What comes next.
-#[derive(Clone, Copy)]
-enum Step {
-    Enter(RawFd),
-    End(Answer<c_int>),
+pub(crate) fn with_pin<R>(work: impl FnOnce(Option<&Pin<'static, Entry>>) -> R) -> R {
+    PIN.with(|pin| work(pin.get()))
 }
 
-const PANICKED: Step = Step::End(Answer::Done(Err(Errno::IO)));
+const PANICKED: Run = Run::End(Answer::Done(Err(Errno::IO)));
 
-/// `KVM_RUN` on `fd`.
-pub(crate) fn run(process: &Process, fd: c_int) -> Answer<c_int> {
-    let mut step = own(PANICKED, || keep(fd, process.before_run(fd)));
+/// `KVM_RUN` on `fd`. What nearly all calls do comes first, and has no frame to be unwound but this.
+#[inline]
+pub(crate) fn run(fd: c_int) -> Answer<c_int> {
+    with_pin(|pin| {
+        let Some(pin) = pin else { return run_first(fd) };
+        let Some(running) = Running::enter(pin, fd) else { return run_rarely(pin, fd) };
+        match enter(running) {
+            Ok(value) if running.leave(pin) => Answer::Done(Ok(value)),
+            result => go_on(pin, running, result),
+        }
+    })
+}
+
+#[inline]
+fn enter(running: Running) -> Result<c_int, Errno> {
+    // SAFETY: the number is only passed to the kernel; it is that of the vCPU that is pinned.
+    kvm::run(unsafe { BorrowedFd::borrow_raw(running.number()) })
+}
+
+/// A thread's first `KVM_RUN`, or one while it ends.
+#[cold]
+fn run_first(fd: c_int) -> Answer<c_int> {
+    own((), || set_up(fd));
+    with_pin(|pin| match pin {
+        Some(pin) => run_rarely(pin, fd),
+        None => own(Answer::Done(Err(Errno::IO)), || process().map_or(Answer::Pass, |process| process.run(fd))),
+    })
+}
+
+fn set_up(fd: c_int) {
+    let Some(process) = process().filter(|process| process.knows(fd)) else { return };
+    // No handler makes another.
+    let _signals = SignalsBlocked::new();
+    if END.try_with(|_| ()).is_ok() {
+        PIN.with(|pin| {
+            pin.get_or_init(|| process.pin());
+        });
+    }
+}
+
+/// What may be none of gmem's, or not come to the real call.
+#[cold]
+fn run_rarely(pin: &Pin<'static, Entry>, fd: c_int) -> Answer<c_int> {
+    match process() {
+        Some(process) if process.knows(fd) => go_on_from(process, pin, own(PANICKED, || process.before_run(pin, fd))),
+        _ => Answer::Pass,
+    }
+}
+
+#[cold]
+fn go_on(pin: &Pin<'static, Entry>, running: Running, result: Result<c_int, Errno>) -> Answer<c_int> {
+    match process() {
+        Some(process) => go_on_from(process, pin, own(PANICKED, || process.after_run(pin, running, result))),
+        None => Answer::Done(result),
+    }
+}
+
+fn go_on_from(process: &Process, pin: &Pin<'static, Entry>, mut run: Run) -> Answer<c_int> {
     loop {
-        match step {
-            Step::End(answer) => return answer,
-            Step::Enter(vcpu) => {
-                // SAFETY: the number is only passed to the kernel; it is that of the vCPU in `PLACE`.
-                let result = kvm::run(unsafe { BorrowedFd::borrow_raw(vcpu) });
-                step = own(PANICKED, || go_on(fd, result));
+        match run {
+            Run::End(answer) => return answer,
+            Run::Enter(running) => {
+                let result = enter(running);
+                run = own(PANICKED, || process.after_run(pin, running, result));
             }
         }
     }
-}
-
-fn keep(fd: c_int, run: Run) -> Step {
-    let running = match run {
-        Run::Enter(running) => running,
-        Run::End(answer) => return Step::End(answer),
-    };
-    let number = running.number();
-    match PLACE.try_with(|place| place.replace(Some(running))) {
-        // A vCPU that was left there is one that a handler has left by a jump, or of a call that it interrupts.
-        Ok(Some(_)) => Step::Enter(number),
-        _ => Step::End(all_at_once(fd)),
-    }
-}
-
-fn go_on(fd: c_int, result: Result<c_int, Errno>) -> Step {
-    match PLACE.try_with(|place| place.replace(None)) {
-        Ok(Some(Some(running))) => keep(fd, Process::after_run(running, result)),
-        // A handler that interrupted this call ran a vCPU itself.
-        _ => Step::End(Answer::Done(result)),
-    }
-}
-
-/// For a thread that cannot keep anything: it is ending, or a handler came amid the change.
-fn all_at_once(fd: c_int) -> Answer<c_int> {
-    process().map_or(Answer::Pass, |process| process.run(fd))
 }

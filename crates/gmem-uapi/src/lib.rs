@@ -19,5 +19,5 @@ mod vm;
 
 pub use gmem_host::sys::Argument;
 pub use memfd::FileCall;
-pub use process::{Answer, Config, ForkGuard, Process, Run, Running};
+pub use process::{Answer, Config, Entry, ForkGuard, Process, Run, Running};
 pub use rustix::io::Errno;

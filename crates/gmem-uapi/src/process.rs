@@ -1,6 +1,7 @@
 //! A client process: which of its descriptors are gmem's, and the dispatch of its calls.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
@@ -11,7 +12,7 @@ use gmem_host::client::{Carried, ClientMemory};
 use gmem_host::kvm::RunMapping;
 use gmem_host::maps::FileId;
 use gmem_host::sys::{Argument, SignalsBlocked};
-use gmem_host::table::{self, Table};
+use gmem_host::table::{self, Held, Pin, Table};
 use gmem_host::{address_space, fds, kvm};
 use rustix::fd::{AsFd, RawFd};
 use rustix::io::Errno;
@@ -21,7 +22,7 @@ use crate::capability;
 use crate::memfd::{FileCall, FileObject, Map};
 use crate::native::Native;
 use crate::profile::Profile;
-use crate::vcpu::{MOST_RETRIES, Next, VcpuObject};
+use crate::vcpu::{Next, VcpuObject};
 use crate::vm::{self, HeldVm, Kind, VmObject, lock};
 
 /// Which kernel to be, and for which VM types.
@@ -62,21 +63,26 @@ pub enum Answer<T> {
     Done(Result<T, Errno>),
 }
 
+/// What one of gmem's descriptors is.
 #[derive(Debug)]
-enum Entry {
+pub struct Entry(Object);
+
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "each is in an Arc of its own, and every exit of a vCPU looks at that")]
+enum Object {
     Vm(Arc<VmObject>),
-    Vcpu(Arc<VcpuObject>),
+    Vcpu(VcpuObject),
     File(Arc<FileObject>),
 }
 
 impl Entry {
     fn vcpu(&self) -> Option<&VcpuObject> {
-        if let Self::Vcpu(vcpu) = self { Some(vcpu) } else { None }
+        if let Object::Vcpu(vcpu) = &self.0 { Some(vcpu) } else { None }
     }
 }
 
 /// How `KVM_RUN` goes on.
-#[derive(Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Run {
     /// The real call is to be made on [`Running::number`], and its result is [`Process::after_run`]'s.
     Enter(Running),
@@ -84,25 +90,43 @@ pub enum Run {
     End(Answer<i32>),
 }
 
-/// A vCPU that is about to enter its guest or is in it, and stays open meanwhile.
-#[derive(Debug)]
+/// A vCPU that is about to enter its guest or is in it; it is pinned meanwhile.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Running {
-    /// A vCPU's: to keep the entry that was looked up costs less than another reference.
-    entry: Arc<Entry>,
+    held: Held,
     /// The descriptor's when the call was begun: it moves away from where a client puts one of its own.
     number: RawFd,
     retries: u32,
 }
 
 impl Running {
-    /// The descriptor for the real `KVM_RUN`, to be used at once.
+    /// `KVM_RUN` on `fd`, up to the real one. If that does not return, nothing has to be undone. `None`, before anything has
+    /// happened: only [`Process::before_run`] knows.
+    #[inline]
     #[must_use]
-    pub fn number(&self) -> RawFd {
+    pub fn enter(pin: &Pin<'_, Entry>, fd: RawFd) -> Option<Self> {
+        let begin = |entry: &Entry| entry.vcpu().filter(|vcpu| vcpu.is_ready()).map(VcpuObject::number);
+        let (held, number) = pin.hold(fd, begin)?;
+        Some(Self { held, number, retries: 0 })
+    }
+
+    /// The descriptor for the real `KVM_RUN`, to be used at once.
+    #[inline]
+    #[must_use]
+    pub fn number(self) -> RawFd {
         self.number
     }
 
-    fn enter(&self) -> Result<i32, Errno> {
-        self.entry.vcpu().map_or(Err(Errno::IO), VcpuObject::enter)
+    /// The real `KVM_RUN` has returned without an error. Whether that is the client's as it is and all is done; else
+    /// [`Process::after_run`] goes on.
+    #[inline]
+    #[must_use]
+    pub fn leave(self, pin: &Pin<'_, Entry>) -> bool {
+        let end = pin.look(self.held, |entry| match entry.vcpu().is_some_and(VcpuObject::has_left) {
+            true if !pin.table().has_retired() => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        });
+        matches!(end, Some(ControlFlow::Break(())))
     }
 }
 
@@ -160,18 +184,22 @@ impl Process {
 
     fn entry(&self, fd: i32) -> Option<Arc<Entry>> {
         let entry = self.fds.get(fd);
+        self.give_up_retired();
+        entry
+    }
+
+    fn give_up_retired(&self) {
         if self.fds.has_retired() {
             let _signals = SignalsBlocked::new();
             drop(self.fds.take_retired());
         }
-        entry
     }
 
     /// The file of `fd`. A descriptor may have been closed unseen, by an instruction of the client's own, and its number may be
     /// another file's.
     fn file(&self, fd: i32) -> Option<Arc<FileObject>> {
         let entry = self.entry(fd)?;
-        let Entry::File(file) = &*entry else { return None };
+        let Object::File(file) = &entry.0 else { return None };
         if kvm::with_client_fd(fd, |fd| FileId::of(fd)).is_ok_and(|found| file.placeholder == Some(found)) {
             return Some(Arc::clone(file));
         }
@@ -188,7 +216,7 @@ impl Process {
 
     fn replace(&self, fd: i32, entry: Option<Arc<Entry>>) {
         let _signals = SignalsBlocked::new();
-        let files = |entry: Option<&Entry>| usize::from(matches!(entry, Some(Entry::File(_))));
+        let files = |entry: Option<&Entry>| usize::from(matches!(entry, Some(Entry(Object::File(_)))));
         self.file_count.fetch_add(files(entry.as_deref()), Ordering::Relaxed);
         let gone = self.fds.replace(fd, entry, |old| {
             self.file_count.fetch_sub(files(old), Ordering::Relaxed);
@@ -210,43 +238,55 @@ impl Process {
 
     /// `KVM_RUN`, whole.
     pub fn run(&self, fd: i32) -> Answer<i32> {
-        let mut run = self.before_run(fd);
-        loop {
-            match run {
-                Run::End(answer) => return answer,
-                Run::Enter(running) => {
-                    let result = running.enter();
-                    run = Self::after_run(running, result);
-                }
-            }
+        let Some(entry) = self.entry(fd) else { return Answer::Pass };
+        match entry.vcpu() {
+            Some(vcpu) => Answer::Done(vcpu.run()),
+            None => self.ioctl_but_run(fd, abi::RUN, Argument::from(0)),
         }
     }
 
-    /// `KVM_RUN`, up to the real one. If that does not return, nothing has to be undone, and what was returned is dropped.
-    pub fn before_run(&self, fd: i32) -> Run {
-        let Some(entry) = self.entry(fd) else { return Run::End(Answer::Pass) };
-        match entry.vcpu().map(|vcpu| (vcpu.before_run(), vcpu.number())) {
-            Some((None, number)) => Run::Enter(Running { entry, number, retries: 0 }),
-            Some((Some(result), _)) => Run::End(Answer::Done(result)),
-            None => Run::End(self.ioctl_but_run(fd, abi::RUN, Argument::from(0))),
-        }
-    }
-
-    /// The real `KVM_RUN` had this result.
+    /// A place for the vCPUs that a thread will run. To be called with signals blocked.
     #[must_use]
-    pub fn after_run(running: Running, result: Result<i32, Errno>) -> Run {
-        let Some(vcpu) = running.entry.vcpu() else { return Run::End(Answer::Done(result)) };
-        let number = vcpu.number();
-        let next = match result {
-            // It met the client's file where the descriptor had been a moment ago.
-            Err(error) if error != Errno::INTR && number != running.number => Next::RunOn,
-            result => vcpu.after_run(result),
-        };
-        match next {
-            Next::Return(result) => Run::End(Answer::Done(result)),
-            Next::RunOn if running.retries == MOST_RETRIES => Run::End(Answer::Done(Err(Errno::FAULT))),
-            Next::RunOn => Run::Enter(Running { number, retries: running.retries + 1, ..running }),
+    pub fn pin(&self) -> Pin<'_, Entry> {
+        self.fds.pin()
+    }
+
+    /// Whether `fd` is one of gmem's.
+    #[must_use]
+    pub fn knows(&self, fd: i32) -> bool {
+        self.fds.contains(fd)
+    }
+
+    /// `KVM_RUN` up to the real one, whatever it is about.
+    pub fn before_run(&self, pin: &Pin<'_, Entry>, fd: i32) -> Run {
+        let begun = pin.hold(fd, |entry| entry.vcpu().map(|vcpu| (vcpu.before_run(), vcpu.number())));
+        match begun {
+            Some((held, (None, number))) => Run::Enter(Running { held, number, retries: 0 }),
+            Some((held, (Some(result), _))) => self.end_run(pin, held, result),
+            // What is no vCPU; and a handler that came amid another call of its thread.
+            None => Run::End(self.run(fd)),
         }
+    }
+
+    /// The real `KVM_RUN` had this result, whatever it is.
+    pub fn after_run(&self, pin: &Pin<'_, Entry>, running: Running, result: Result<i32, Errno>) -> Run {
+        let Running { held, number, retries } = running;
+        let next = pin.look(held, |entry| {
+            let next = entry.vcpu().map(|vcpu| (vcpu.after_run(number, result, retries), vcpu.number()));
+            ControlFlow::<(), _>::Continue(next)
+        });
+        match next.and_then(ControlFlow::continue_value).flatten() {
+            Some((Next::RunOn, number)) => Run::Enter(Running { held, number, retries: retries + 1 }),
+            Some((Next::Return(result), _)) => self.end_run(pin, held, result),
+            // A handler that interrupted this call ran a vCPU itself.
+            None => Run::End(Answer::Done(result)),
+        }
+    }
+
+    fn end_run(&self, pin: &Pin<'_, Entry>, held: Held, result: Result<i32, Errno>) -> Run {
+        let _ = pin.look(held, |_| ControlFlow::<_, ()>::Break(()));
+        self.give_up_retired();
+        Run::End(Answer::Done(result))
     }
 
     fn ioctl_but_run(&self, fd: i32, request: u32, arg: Argument) -> Answer<i32> {
@@ -256,14 +296,14 @@ impl Process {
             let refused = !sizes && !abi::VFS_IOCTLS.contains(&request) && self.file(fd).is_some();
             return if refused { Answer::Done(Err(Errno::NOTTY)) } else { Answer::Pass };
         }
-        match self.entry(fd).as_deref() {
-            Some(Entry::Vcpu(vcpu)) => vcpu_ioctl(vcpu, request, arg),
-            Some(Entry::Vm(vm)) => {
+        match self.entry(fd).as_deref().map(|entry| &entry.0) {
+            Some(Object::Vcpu(vcpu)) => vcpu_ioctl(vcpu, request, arg),
+            Some(Object::Vm(vm)) => {
                 let _signals = SignalsBlocked::new();
                 self.vm_ioctl(vm, request, arg)
             }
-            Some(Entry::File(_)) if self.file(fd).is_some() => Answer::Done(Err(Errno::NOTTY)),
-            Some(Entry::File(_)) | None => self.system_ioctl(fd, request, arg),
+            Some(Object::File(_)) if self.file(fd).is_some() => Answer::Done(Err(Errno::NOTTY)),
+            Some(Object::File(_)) | None => self.system_ioctl(fd, request, arg),
         }
     }
 
@@ -313,7 +353,7 @@ impl Process {
         self.vm_count.store(vms.len(), Ordering::Relaxed);
         drop(vms);
         let fd = kvm::into_client(fd);
-        self.replace(fd, Some(Arc::new(Entry::Vm(vm))));
+        self.replace(fd, Some(Arc::new(Entry(Object::Vm(vm)))));
         Ok(fd)
     }
 
@@ -345,7 +385,7 @@ impl Process {
         copy.become_copy_of(fd.as_fd())?;
         let vcpu = VcpuObject::new(copy, Arc::clone(vm), self.native.prefault)?;
         let fd = kvm::into_client(fd);
-        self.replace(fd, Some(Arc::new(Entry::Vcpu(Arc::new(vcpu)))));
+        self.replace(fd, Some(Arc::new(Entry(Object::Vcpu(vcpu)))));
         Ok(fd)
     }
 
@@ -357,7 +397,7 @@ impl Process {
         let fd = fds::placeholder(claim.size)?;
         file.placeholder = Some(FileId::of(&fd)?);
         let fd = kvm::into_client(fd);
-        self.replace(fd, Some(Arc::new(Entry::File(Arc::new(file)))));
+        self.replace(fd, Some(Arc::new(Entry(Object::File(Arc::new(file))))));
         Ok(fd)
     }
 
@@ -451,11 +491,11 @@ impl Process {
         }
     }
 
-    /// The process is a child of fork now, with descriptors and memory of its own.
-    pub fn is_child(&self) {
+    /// The process is a child of fork now, with descriptors and memory of its own, and one thread, whose pin this is.
+    pub fn is_child(&self, pin: Option<&Pin<'_, Entry>>) {
         let _signals = SignalsBlocked::new();
         address_space::enter();
-        self.fds.is_child();
+        self.fds.is_child(pin);
         fds::is_child();
         lock(&self.client).make_private();
         // No VM is the child's.

@@ -23,7 +23,7 @@ use crate::vm::{VmObject, lock};
 
 /// Times that an access which nothing forbids is tried again. A window is replaced in microseconds; something that lasts
 /// longer than this is a client that unmapped its guest's memory.
-pub(crate) const MOST_RETRIES: u32 = 10_000;
+const MOST_RETRIES: u32 = 10_000;
 
 /// A vCPU of an emulated VM.
 #[derive(Debug)]
@@ -119,26 +119,52 @@ impl VcpuObject {
         self.fd.number()
     }
 
-    /// The real `KVM_RUN`.
-    pub(crate) fn enter(&self) -> Result<i32, Errno> {
-        self.fd.call(kvm::run)
+    /// Whether nothing stands between the client and the real `KVM_RUN`.
+    pub(crate) fn is_ready(&self) -> bool {
+        !self.pending.exists()
+    }
+
+    /// Whether the exit is the client's as it is, and nothing has to be remembered of it.
+    pub(crate) fn has_left(&self) -> bool {
+        !self.run_area().may_be_of_memory() && !self.emulating.exists()
+    }
+
+    /// `KVM_RUN`, whole.
+    pub(crate) fn run(&self) -> Result<i32, Errno> {
+        if let Some(result) = self.before_run() {
+            return result;
+        }
+        let mut retries = 0;
+        loop {
+            let number = self.number();
+            match self.after_run(number, self.fd.call(kvm::run), retries) {
+                Next::Return(result) => return result,
+                Next::RunOn => retries += 1,
+            }
+        }
     }
 
     /// What the client gets if its `KVM_RUN` does not come to the real one.
     pub(crate) fn before_run(&self) -> Option<Result<i32, Errno>> {
-        if !self.pending.exists() {
+        if self.is_ready() {
             return None;
         }
         let _signals = SignalsBlocked::new();
         self.continue_pending()
     }
 
-    /// How `KVM_RUN` goes on after this result of the real one.
-    pub(crate) fn after_run(&self, result: Result<i32, Errno>) -> Next {
-        match result {
+    /// How `KVM_RUN` goes on after this result of the real one, which was made on `number` after so many retries.
+    pub(crate) fn after_run(&self, number: RawFd, result: Result<i32, Errno>, retries: u32) -> Next {
+        let next = match result {
             Ok(value) => self.after_exit(value),
+            // It met the client's file where the descriptor had been a moment ago.
+            Err(error) if error != Errno::INTR && number != self.number() => Next::RunOn,
             Err(Errno::FAULT) => self.after_fault(),
             error => Next::Return(error),
+        };
+        match next {
+            Next::RunOn if retries == MOST_RETRIES => Next::Return(Err(Errno::FAULT)),
+            next => next,
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Nearly every call of a client is about a descriptor that is not gmem's, and any may come from a signal handler that
 //! interrupted its thread anywhere. So a look-up waits for nobody, and nobody waits for one that was interrupted: what a change
-//! takes out of the table is given up once no look-up is under way.
+//! takes out of the table is given up once no look-up is under way and no thread has it pinned ([`Pin`]).
 
 use core::array;
 use core::ptr::{self, null_mut};
@@ -10,6 +10,11 @@ use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use once_cell::race::OnceBox;
+
+mod pin;
+
+use self::pin::Hazard;
+pub use self::pin::{Held, Pin};
 
 /// Base-2 logarithm of the numbers in a leaf, and of the leaves in a branch.
 const SHIFT: u32 = 10;
@@ -29,7 +34,9 @@ pub struct Table<T> {
     /// Look-ups under way, those of this process at [`Table::generation`].
     readers: [AtomicUsize; 2],
     generation: AtomicUsize,
-    /// What was taken out while look-ups were under way.
+    /// The first of what threads have pinned; the others are linked from it.
+    hazards: OnceBox<Hazard<T>>,
+    /// What was taken out while look-ups were under way, or was pinned.
     retired: Mutex<Vec<Arc<T>>>,
     has_retired: AtomicBool,
 }
@@ -44,6 +51,7 @@ impl<T> Default for Table<T> {
             branches: (0..BRANCHES).map(|_| OnceBox::new()).collect(),
             readers: Default::default(),
             generation: AtomicUsize::new(0),
+            hazards: OnceBox::new(),
             retired: Mutex::default(),
             has_retired: AtomicBool::new(false),
         }
@@ -139,7 +147,8 @@ impl<T> Table<T> {
         self.has_retired.load(Ordering::Relaxed)
     }
 
-    /// What was taken out of the table while look-ups were under way, unless others are. To be called with signals blocked.
+    /// What was taken out of the table while look-ups were under way, unless others are, and is not pinned. To be called with
+    /// signals blocked.
     #[must_use]
     pub fn take_retired(&self) -> Vec<Arc<T>> {
         self.collect(self.changes(), 1)
@@ -151,7 +160,8 @@ impl<T> Table<T> {
             core::hint::spin_loop();
             readers.load(Ordering::SeqCst) == 0
         });
-        let retired = if unused { std::mem::take(&mut *changes.0) } else { Vec::new() };
+        let unpinned = |entry: &mut Arc<T>| unused && !self.is_pinned(entry);
+        let retired = changes.0.extract_if(.., unpinned).collect();
         self.has_retired.store(!changes.0.is_empty(), Ordering::Relaxed);
         retired
     }
@@ -162,8 +172,9 @@ impl<T> Table<T> {
         Changes(self.retired.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The process is a child of fork: look-ups of threads that it does not have will never end.
-    pub fn is_child(&self) {
+    /// The process is a child of fork: look-ups of threads that it does not have will never end. Of pins only `own` is left.
+    pub fn is_child(&self, own: Option<&Pin<'_, T>>) {
+        self.give_up_pins_but(own);
         let next = self.generation.load(Ordering::Relaxed) + 1;
         self.readers[next % 2].store(0, Ordering::Relaxed);
         self.generation.store(next, Ordering::Relaxed);
@@ -268,7 +279,7 @@ mod tests {
         drop(set(&table, 7, Some(Arc::new(()))));
         let interrupted = table.readers();
         interrupted.fetch_add(1, Ordering::SeqCst);
-        table.is_child();
+        table.is_child(None);
         assert_eq!(set(&table, 7, None).len(), 1);
         interrupted.fetch_sub(1, Ordering::SeqCst);
         assert_eq!(table.readers().load(Ordering::SeqCst), 0);
