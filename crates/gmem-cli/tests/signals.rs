@@ -348,7 +348,8 @@ mod parts {
         for _ in 0..5 {
             let vm = protected_vm();
             let vcpu = guest(vm, FOR_EVER);
-            (VCPU.store(vcpu, Ordering::Relaxed), FILE.store(vm, Ordering::Relaxed));
+            VCPU.store(vcpu, Ordering::Relaxed);
+            FILE.store(vm, Ordering::Relaxed);
             VM.store(protected_vm(), Ordering::Relaxed);
             interrupted(
                 libc::SIGUSR1,
