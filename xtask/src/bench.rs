@@ -443,7 +443,7 @@ fn preface(args: &Args) -> String {
     match args.here {
         true => format!(
             "# What gmem adds to calls that it passes on\n\nWritten by `cargo xtask bench --here`: natively and under `gmem run` on \
-             one machine's own /dev/kvm, the medians of\n{runs} runs of each that take turns.\n\n",
+             one machine's own /dev/kvm, the medians of\n{runs} runs of each that take turns. A run's time is that of its quickest 64 calls.\n\n",
         ),
         false => format!(
             "# Benchmarks\n\nWritten by `cargo xtask bench`, in emulated machines of one processor and {} that count instructions instead \
