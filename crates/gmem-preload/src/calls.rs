@@ -72,6 +72,9 @@ unsafe extern "C-unwind" fn ioctl_with_stack(fd: c_int, number: c_ulong, arg: us
 /// Apart from `KVM_RUN`, which needs none of what this has in its frame.
 #[inline(never)]
 fn any_ioctl((fd, number, arg): (c_int, c_ulong, usize), stack: usize, real: impl FnOnce() -> c_int + Copy) -> c_int {
+    if !process().is_some_and(|process| process.may_concern(fd, request(number))) {
+        return real();
+    }
     // SAFETY: the return address to the client lies there, and this thread goes on using that stack until it returns.
     let argument = unsafe { Argument::beside(arg, stack) };
     answer(|process| process.ioctl(fd, request(number), argument), real)

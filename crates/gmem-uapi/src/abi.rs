@@ -33,6 +33,24 @@ pub fn is_kvm(request: u32) -> bool {
     request >> 8 & 0xff == 0xae
 }
 
+/// Those of KVM's that gmem may have something to say to. All others reach the real KVM: on the file that stands for a guest_memfd
+/// they fail with ENOTTY, as they do on one.
+pub(crate) const KVM_IOCTLS: [u32; 13] = [
+    CREATE_VM,
+    CHECK_EXTENSION,
+    CREATE_VCPU,
+    ENABLE_CAP,
+    SET_USER_MEMORY_REGION,
+    SET_USER_MEMORY_REGION2,
+    SET_MEMORY_ATTRIBUTES,
+    CREATE_GUEST_MEMFD,
+    RUN,
+    SET_REGS,
+    SET_SREGS,
+    SET_SREGS2,
+    PRE_FAULT_MEMORY,
+];
+
 /// Capabilities that gmem answers itself.
 pub mod cap {
     /// `KVM_CAP_DISABLE_QUIRKS`

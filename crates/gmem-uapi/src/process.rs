@@ -236,6 +236,12 @@ impl Process {
         request == abi::RUN && arg == 0
     }
 
+    /// Whether gmem may have something to say to an `ioctl`; most pass at the cost of this.
+    #[must_use]
+    pub fn may_concern(&self, fd: i32, request: u32) -> bool {
+        if abi::is_kvm(request) { abi::KVM_IOCTLS.contains(&request) } else { self.knows(fd) }
+    }
+
     /// `KVM_RUN`, whole.
     pub fn run(&self, fd: i32) -> Answer<i32> {
         let Some(entry) = self.entry(fd) else { return Answer::Pass };
