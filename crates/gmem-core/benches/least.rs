@@ -2,7 +2,8 @@
 //! of the batches and hardly all of them, so these numbers mean something on a busy machine too. The tables in `docs/` are
 //! made of them.
 //!
-//! `cargo bench -p gmem-core --bench least -- WORD` measures what has the word in its name.
+//! `cargo bench -p gmem-core --bench least -- WORD` measures what has the word in its name. The heap asks for huge pages, as that of
+//! `gmem run` does; with `GLIBC_TUNABLES=` it does not.
 
 use gmem_core::Vm;
 use gmem_core::addr::{Gfn, Level, PAGE_SIZE, PageRange, Pfn, PfnRange};
@@ -22,6 +23,8 @@ use gmem_core::vendor::tdx::tables::OpState;
 use gmem_core::vendor::tdx::{PageInfo, Tdx};
 use gmem_core::vm::Rules;
 use std::hint::black_box;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::Instant;
 
 const BATCHES: u32 = 1000;
@@ -413,7 +416,21 @@ fn pkvm() {
     });
 }
 
+/// Begins again with a heap that asks for huge pages, as that of `gmem run` does. Another GLIBC_TUNABLES in the environment, an
+/// empty one too, says what the heap is instead.
+fn with_huge_pages() {
+    const TUNABLES: &str = "GLIBC_TUNABLES";
+    if std::env::var_os(TUNABLES).is_none()
+        && let Ok(program) = std::env::current_exe()
+    {
+        let arguments = std::env::args_os().skip(1);
+        let error = Command::new(program).args(arguments).env(TUNABLES, "glibc.malloc.hugetlb=1").exec();
+        eprintln!("without huge pages: {error}");
+    }
+}
+
 fn main() {
+    with_huge_pages();
     println!("| operation | least time |\n|---|---|");
     page_set();
     bitmap();
