@@ -16,6 +16,8 @@ fn client() {
         "shared" => parts::shared_huge_pages(),
         "remap" => parts::moves_and_resizes(),
         "flags" => parts::locked_and_kept_from_children(),
+        "slots" => parts::many_slots_of_one_mapping(),
+        "later" => parts::flags_that_come_between_slots(),
         _ => {}
     }
 }
@@ -53,6 +55,16 @@ fn memory_that_is_moved_and_resized_stays_private_memory() {
 #[test]
 fn locked_memory_and_what_children_and_dumps_are_not_to_have_stay_that() {
     under_gmem("flags");
+}
+
+#[test]
+fn many_slots_of_one_mapping_take_one_descriptor_and_stay_apart() {
+    under_gmem("slots");
+}
+
+#[test]
+fn what_a_mapping_is_given_between_two_slots_of_it_stays() {
+    under_gmem("later");
 }
 
 mod parts {
@@ -323,5 +335,69 @@ mod parts {
         register(vm, 1, ram);
         in_child(|| (0..ram.len).step_by(PAGE).all(|offset| ram.get(offset) == 0));
         assert_eq!(ram.get(0), FILLED);
+    }
+
+    /// A page of a mapping.
+    fn page(ram: Ram, number: usize) -> Ram {
+        Ram { base: ram.at(number * PAGE).cast(), len: PAGE }
+    }
+
+    fn open_files() -> usize {
+        std::fs::read_dir("/proc/self/fd").expect("descriptors").count()
+    }
+
+    pub(super) fn many_slots_of_one_mapping() {
+        const SLOTS: u8 = 64;
+        let at = |slot: u8| usize::from(slot) * PAGE;
+        let vm = protected_vm();
+        let ram = Ram::map(at(SLOTS), ANONYMOUS, -1);
+        let before = open_files();
+        for slot in 0..SLOTS {
+            ram.set(at(slot), slot);
+            register(vm, slot.into(), page(ram, slot.into()));
+        }
+        assert_eq!(open_files(), before + 1);
+        assert!((0..SLOTS).all(|slot| ram.get(at(slot)) == slot));
+        // One in the middle moves and grows, one is unmapped and mapped again: the others do not notice.
+        let moved = remapped(page(ram, 20), 4 * PAGE, libc::MREMAP_MAYMOVE);
+        assert_eq!([moved.get(0), moved.get(PAGE)], [20, 0]);
+        moved.fill(FILLED);
+        let flags = ANONYMOUS | libc::MAP_FIXED;
+        // SAFETY: the page of a mapping of this function's.
+        assert_eq!(unsafe { libc::mmap(ram.at(at(30)), PAGE, READ_WRITE, flags, -1, 0) }, ram.at(at(30)));
+        assert_eq!(ram.get(at(30)), 0);
+        ram.set(at(30), FILLED);
+        register(vm, SLOTS.into(), page(ram, 30));
+        assert_eq!(ram.advise(at(40), PAGE, libc::MADV_DONTNEED), Ok(()));
+        for slot in (0..SLOTS).filter(|slot| *slot != 20) {
+            let expected = match slot {
+                30 => FILLED,
+                40 => 0,
+                slot => slot,
+            };
+            assert_eq!(ram.get(at(slot)), expected, "page {slot}");
+        }
+        in_child(|| ram.get(at(50)) == 50 && ram.get(at(30)) == FILLED && moved.get(PAGE) == FILLED);
+    }
+
+    pub(super) fn flags_that_come_between_slots() {
+        const GIVEN: [&str; 2] = ["dd", "lo"];
+        let vm = protected_vm();
+        let ram = Ram::filled(4 * PAGE);
+        register(vm, 0, page(ram, 0));
+        assert_eq!(ram.advise(PAGE, 3 * PAGE, libc::MADV_DONTDUMP), Ok(()));
+        register(vm, 1, page(ram, 1));
+        // SAFETY: memory of this function's.
+        assert_eq!(unsafe { libc::mlock(ram.at(2 * PAGE), 2 * PAGE) }, 0);
+        register(vm, 2, page(ram, 2));
+        // By number, and all of the rest.
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_munlock, ram.at(3 * PAGE), PAGE) }, 0);
+        register(vm, 3, page(ram, 3));
+        let given = |number: usize| {
+            let has = flags(page(ram, number).base);
+            GIVEN.map(|flag| has.iter().any(|set| set == flag))
+        };
+        assert_eq!([given(0), given(1), given(2), given(3)], [[false; 2], [true, false], [true; 2], [true, false]]);
     }
 }

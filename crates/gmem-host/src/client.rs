@@ -24,6 +24,15 @@ pub struct ClientMemory {
     moved: BTreeMap<usize, Moved>,
     /// How many were left when all were last looked at.
     looked_at: usize,
+    rest: Option<Rest>,
+}
+
+/// What is left of a mapping of which a part was moved, and its flags: to find those takes as long as there are mappings, and slots
+/// are often parts of one mapping.
+#[derive(Debug)]
+struct Rest {
+    range: (usize, usize),
+    flags: VmFlags,
 }
 
 #[derive(Clone, Debug)]
@@ -56,6 +65,13 @@ impl From<&Area> for Was {
 }
 
 impl Moved {
+    /// Memory for what is mapped in `area`, which lies in huge pages as the area does.
+    fn new(area: &Area, wiped: bool) -> Result<Self, Errno> {
+        let offset = (area.start % HUGE) as u64;
+        let backing = Arc::new(Backing::new(offset + (area.end - area.start) as u64)?);
+        Ok(Self { end: area.end, offset, was: area.into(), wiped, backing })
+    }
+
     /// Whether an area within this piece, which starts at `base`, is still what it was moved to: libc unmaps memory of its own
     /// without a call that gmem sees.
     fn is_in(&self, base: usize, area: &Area) -> bool {
@@ -141,6 +157,8 @@ impl Source {
 }
 
 const PAGE: usize = 4096;
+/// Bytes of a huge page.
+const HUGE: usize = 1 << 21;
 /// Pieces of moved memory that are all looked at whenever one is added.
 const FEW: usize = 16;
 /// Bytes whose page map is read at once.
@@ -164,35 +182,54 @@ impl ClientMemory {
         self.forget_unmapped(start, end, &maps)?;
         for area in areas {
             match area.sharing {
-                Sharing::Private => self.move_to_memfd(&area)?,
-                Sharing::Shared if is_hugetlb(&area) => self.move_to_memfd(&area)?,
+                Sharing::Private => self.move_to_memfd(&area, &maps)?,
+                Sharing::Shared if is_hugetlb(&area) => self.move_to_memfd(&area, &maps)?,
                 Sharing::Shared | Sharing::Program => {}
             }
         }
         Ok(())
     }
 
-    fn move_to_memfd(&mut self, area: &Area) -> Result<(), Errno> {
+    fn move_to_memfd(&mut self, area: &Area, maps: &Maps) -> Result<(), Errno> {
         let (start, end) = (area.start, area.end);
         let len = end - start;
-        let flags = VmFlags::at(start).unwrap_or_default();
+        let whole = maps.around(start)?;
+        let flags = match self.rest.take() {
+            Some(rest) if whole == Some(rest.range) => rest.flags,
+            _ => VmFlags::at(start).unwrap_or_default(),
+        };
         if flags.has_userfaultfd() {
             return Err(Errno::OPNOTSUPP);
         }
-        let backing = Backing::new(len as u64)?;
-        if !copy_contents(area, &backing)? {
+        let wiped = flags.has("wf");
+        let was = area.into();
+        let moved = self.room_after(start, len, (was, wiped)).map_or_else(|| Moved::new(area, wiped), Ok)?;
+        let (backing, offset) = (&moved.backing, moved.offset);
+        if !copy_contents(area, backing, offset)? {
             return Ok(());
         }
         // SAFETY: the client's mapping of this range is replaced by one with the same contents at the same address.
         unsafe {
-            backing.map_protected_at(start, len, 0, area.prot)?;
+            backing.map_protected_at(start, len, offset, area.prot)?;
             backing::prefer_huge_pages(start, len);
             backing::restore_flags(start, len, &flags);
         }
-        self.forget(start, end);
-        let wiped = flags.has("wf");
-        self.moved.insert(start, Moved { end, offset: 0, was: area.into(), wiped, backing: Arc::new(backing) });
+        self.cut(start, end);
+        self.moved.insert(start, moved);
+        self.rest = whole.filter(|whole| end < whole.1).map(|whole| Rest { range: (end, whole.1), flags });
         Ok(())
+    }
+
+    /// Room for `len` bytes from `start` in the backing of what was moved right before there, as long as nothing else has it: slots of
+    /// one mapping take one descriptor, and become one mapping again.
+    fn room_after(&self, start: usize, len: usize, how: (Was, bool)) -> Option<Moved> {
+        let (&base, before) = self.moved.range(..start).next_back()?;
+        if before.end != start || (before.was, before.wiped) != how {
+            return None;
+        }
+        let offset = before.offset + (start - base) as u64;
+        before.backing.grow(offset, offset + len as u64).ok()?;
+        Some(Moved { end: start + len, offset, ..before.clone() })
     }
 
     /// What the client has mapped in `[start, start + len)`, in ascending order.
@@ -277,7 +314,7 @@ impl ClientMemory {
         let (start, end) = if all { (0, usize::MAX) } else { (start, end) };
         let still: Result<Vec<_>, _> = self.pieces(start, end).map(|(base, moved)| moved.mapped(base, maps)).collect();
         let still = still?;
-        self.forget(start, end);
+        self.cut(start, end);
         self.moved.extend(still.into_iter().flatten());
         if all {
             self.looked_at = self.moved.len();
@@ -287,6 +324,11 @@ impl ClientMemory {
 
     /// The client replaced or unmapped `[start, end)`: what was moved there is gone.
     pub fn forget(&mut self, start: usize, end: usize) {
+        self.rest.take_if(|rest| rest.range.0 < end && start < rest.range.1);
+        self.cut(start, end);
+    }
+
+    fn cut(&mut self, start: usize, end: usize) {
         let touched: Vec<usize> = {
             let before = self.moved.range(..start).next_back();
             before.into_iter().chain(self.moved.range(start..end)).map(|(&base, _)| base).collect()
@@ -369,6 +411,11 @@ impl ClientMemory {
         }
     }
 
+    /// The client changed what the kernel keeps about a mapping: by `madvise`, `mlock` or a userfaultfd.
+    pub fn flags_changed(&mut self) {
+        self.rest = None;
+    }
+
     /// Whether anything was moved.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -394,7 +441,7 @@ fn is_hugetlb(area: &Area) -> bool {
 ///
 /// A page beyond the end of a file cannot be read, and is nothing that a guest could have had. A file of which no page can be
 /// read may be a device.
-fn copy_contents(area: &Area, to: &Backing) -> Result<bool, Errno> {
+fn copy_contents(area: &Area, to: &Backing, offset: u64) -> Result<bool, Errno> {
     let memory = OwnMemory::open();
     let pagemap = open_pagemap().ok();
     let may_lack_pages = area.file.is_some() && area.allows(false);
@@ -409,7 +456,7 @@ fn copy_contents(area: &Area, to: &Backing) -> Result<bool, Errno> {
             let read = memory.read(page, &mut bytes);
             is_memory |= read;
             if read && bytes.iter().any(|byte| *byte != 0) {
-                to.write((page - area.start) as u64, &bytes)?;
+                to.write(offset + (page - area.start) as u64, &bytes)?;
             } else if !read && !may_lack_pages {
                 return Ok(false);
             }

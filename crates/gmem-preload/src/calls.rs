@@ -72,6 +72,9 @@ unsafe extern "C-unwind" fn ioctl_with_stack(fd: c_int, number: c_ulong, arg: us
 /// Apart from `KVM_RUN`, which needs none of what this has in its frame.
 #[inline(never)]
 fn any_ioctl((fd, number, arg): (c_int, c_ulong, usize), stack: usize, real: impl FnOnce() -> c_int + Copy) -> c_int {
+    if Process::is_registration(request(number)) {
+        return flags_changed(real());
+    }
     if !process().is_some_and(|process| process.may_concern(fd, request(number))) {
         return real();
     }
@@ -218,7 +221,30 @@ export! {
         if result == 0 && matches!(advice, libc::MADV_DONTNEED | libc::MADV_DONTNEED_LOCKED) {
             tell(|process| { let _ = process.advise_dontneed(address, len); });
         }
-        result
+        match advice {
+            libc::MADV_DONTFORK..=libc::MADV_KEEPONFORK => flags_changed(result),
+            _ => result,
+        }
+    }
+
+    fn mlock(address: usize, len: size_t) -> c_int {
+        flags_changed(real::mlock(address, len))
+    }
+
+    fn mlock2(address: usize, len: size_t, flags: c_uint) -> c_int {
+        flags_changed(real::mlock2(address, len, flags))
+    }
+
+    fn munlock(address: usize, len: size_t) -> c_int {
+        flags_changed(real::munlock(address, len))
+    }
+
+    fn mlockall(flags: c_int) -> c_int {
+        flags_changed(real::mlockall(flags))
+    }
+
+    fn munlockall() -> c_int {
+        flags_changed(real::munlockall())
     }
 
     fn read(fd: c_int, buffer: *mut c_void, count: size_t) -> ssize_t {
@@ -616,6 +642,9 @@ unsafe fn by_number(number: c_long, args: [usize; 6]) -> c_long {
             libc::SYS_pkey_mprotect => c_long::from(pkey_mprotect(a, b, int(c), int(d))),
             libc::SYS_mremap => address(mremap(a, b, c, int(d), e)),
             libc::SYS_madvise => c_long::from(madvise(a, b, int(c))),
+            libc::SYS_mlock | libc::SYS_mlock2 | libc::SYS_munlock | libc::SYS_mlockall | libc::SYS_munlockall => {
+                flags_changed(real())
+            }
             libc::SYS_fstat => patch(int(a), stat(b), real()),
             libc::SYS_newfstatat => patch_at((int(a), path(b), int(d)), stat(c), real()),
             libc::SYS_statx => patch_x((int(a), path(b), int(c)), e as *mut libc::statx, real()),
@@ -693,6 +722,12 @@ fn sending(to: c_int, from: c_int, offset: usize) -> (c_int, FileCall) {
 fn copying(from: c_int, to: c_int, flags: c_uint) -> (c_int, FileCall) {
     let (fd, other) = if is_file(from) { (from, to) } else { (to, from) };
     (fd, FileCall::CopyRange { other, same_kind: is_file(other), flags })
+}
+
+/// A call that may change what the kernel keeps about mappings.
+fn flags_changed<T: Copy>(result: T) -> T {
+    tell(Process::flags_changed);
+    result
 }
 
 fn duplicated(fd: c_int, copy: c_int) -> c_int {

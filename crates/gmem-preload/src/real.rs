@@ -61,6 +61,11 @@ real! {
     pkey_mprotect(address: usize, len: size_t, prot: c_int, key: c_int) -> c_int;
     mremap(address: usize, old: size_t, new: size_t, flags: c_int, target: usize) -> usize;
     madvise(address: usize, len: size_t, advice: c_int) -> c_int;
+    mlock(address: usize, len: size_t) -> c_int;
+    mlock2(address: usize, len: size_t, flags: c_uint) -> c_int;
+    munlock(address: usize, len: size_t) -> c_int;
+    mlockall(flags: c_int) -> c_int;
+    munlockall() -> c_int;
     read(fd: c_int, buffer: *mut c_void, count: size_t) -> ssize_t;
     write(fd: c_int, buffer: *const c_void, count: size_t) -> ssize_t;
     readv(fd: c_int, vectors: *const c_void, count: c_int) -> ssize_t;

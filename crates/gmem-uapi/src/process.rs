@@ -236,6 +236,12 @@ impl Process {
         request == abi::RUN && arg == 0
     }
 
+    /// Whether an `ioctl` changes which mappings a userfaultfd has a part in: UFFDIO_REGISTER, UFFDIO_UNREGISTER.
+    #[must_use]
+    pub fn is_registration(request: u32) -> bool {
+        matches!(request, 0xc020_aa00 | 0x8010_aa01)
+    }
+
     /// Whether gmem may have something to say to an `ioctl`; most pass at the cost of this.
     #[must_use]
     pub fn may_concern(&self, fd: i32, request: u32) -> bool {
@@ -618,6 +624,14 @@ impl Process {
                 refused.map_or(Answer::Pass, |error| Answer::Done(Err(error)))
             }
             _ => Answer::Pass,
+        }
+    }
+
+    /// The client changed what the kernel keeps about a mapping beside its protection.
+    pub fn flags_changed(&self) {
+        if self.has_vms() {
+            let _signals = SignalsBlocked::new();
+            lock(&self.client).flags_changed();
         }
     }
 

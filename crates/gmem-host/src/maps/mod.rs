@@ -133,6 +133,20 @@ impl Maps {
         Ok(all.filter_map(|area| area.part(start, end)).collect())
     }
 
+    /// Where the mapping that holds `address` starts and ends, whatever part of it is asked for.
+    ///
+    /// # Errors
+    /// Those of reading `/proc/self/maps`.
+    pub fn around(&self, address: usize) -> Result<Option<(usize, usize)>, Errno> {
+        let holds = |area: &Area| area.start <= address && address < area.end;
+        let asked = if self.read.get().is_none() { query::area(&self.file, address) } else { None };
+        let area = match asked {
+            Some(area) => Some(area).filter(holds),
+            None => self.all()?.iter().map(|mapped| mapped.area).find(holds),
+        };
+        Ok(area.map(|area| (area.start, area.end)))
+    }
+
     fn all(&self) -> Result<&[Mapped], Errno> {
         if self.read.get().is_none() {
             let text = read_to_end(&self.file)?;

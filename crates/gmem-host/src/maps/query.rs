@@ -58,6 +58,11 @@ pub(super) fn areas(maps: &OwnedFd, start: usize, end: usize) -> Option<Vec<Area
     Some(found)
 }
 
+/// The area at `address` or the next one. None: `maps` has to be read.
+pub(super) fn area(maps: &OwnedFd, address: usize) -> Option<Area> {
+    ask(maps, address, &mut []).ok()
+}
+
 /// Shared, or anonymous without a name, which the kernel gives to the program's own.
 fn is_memory(maps: &OwnedFd, area: &Area) -> bool {
     let mut name = [0; 8];
