@@ -1,6 +1,6 @@
 //! `KVM_RUN` and `KVM_PRE_FAULT_MEMORY` on a vCPU of an emulated VM.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use gmem_core::Vm;
@@ -33,8 +33,7 @@ pub(crate) struct VcpuObject {
     vm: Arc<VmObject>,
     /// A write that the host's KVM has taken out of the guest and that has not reached memory.
     pending: Rare<PendingWrite>,
-    /// What the client was last given to emulate, and no other exit has come since.
-    emulating: Rare<Emulating>,
+    emulating: Emulating,
     host_prefaults: bool,
 }
 
@@ -83,13 +82,54 @@ impl<T> Rare<T> {
     }
 }
 
-/// An access that the client emulates as a device's. KVM finishes its instruction when the vCPU runs again: what that still has
-/// to access its emulator takes for a device's, too, where there is nothing to access.
+/// What the client was last given to emulate as a device's, and no other exit has come since. KVM finishes that instruction when the
+/// vCPU runs again: what it still has to access its emulator takes for a device's, too, where there is nothing to access.
+#[derive(Debug, Default)]
+struct Emulating {
+    /// As [`Emulated::code`], or 0. One thread at a time runs a vCPU.
+    what: AtomicU64,
+    /// Where the vCPU stood after the last write that ended with a page.
+    before: Rare<Progress>,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Emulating {
+enum Emulated {
     Read,
-    /// A write up to this address, and where the vCPU stood then if that is the end of a page, over which it may go on.
-    Write(u64, Option<Progress>),
+    /// Up to this address.
+    Write(u64),
+}
+
+impl Emulated {
+    fn of(mmio: &Mmio) -> Self {
+        if mmio.is_write { Self::Write(mmio.gpa.wrapping_add(u64::from(mmio.len))) } else { Self::Read }
+    }
+
+    /// Whether the next access of the same instruction may be that to the next page.
+    fn ends_a_page(self) -> bool {
+        matches!(self, Self::Write(end) if end.is_multiple_of(PAGE_SIZE))
+    }
+
+    /// Physical addresses have 52 bits.
+    fn code(self) -> u64 {
+        match self {
+            Self::Read => 1,
+            Self::Write(end) => end << 2 | 2,
+        }
+    }
+}
+
+impl Emulating {
+    fn set(&self, what: Option<Emulated>) {
+        self.what.store(what.map_or(0, Emulated::code), Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Option<Emulated> {
+        match self.what.load(Ordering::Relaxed) {
+            0 => None,
+            1 => Some(Emulated::Read),
+            write => Some(Emulated::Write(write >> 2)),
+        }
+    }
 }
 
 /// How `KVM_RUN` goes on after the host's KVM came back.
@@ -103,7 +143,7 @@ pub(crate) enum Next {
 impl VcpuObject {
     pub(crate) fn new(fd: Hidden, vm: Arc<VmObject>, host_prefaults: bool) -> Result<Self, Errno> {
         let mapping = RunMapping::new(vm.run_len, fd.hold().as_fd())?;
-        Ok(Self { fd, mapping, vm, pending: Rare::default(), emulating: Rare::default(), host_prefaults })
+        Ok(Self { fd, mapping, vm, pending: Rare::default(), emulating: Emulating::default(), host_prefaults })
     }
 
     pub(crate) fn vm(&self) -> &VmObject {
@@ -124,9 +164,18 @@ impl VcpuObject {
         !self.pending.exists()
     }
 
-    /// Whether the exit is the client's as it is, and nothing has to be remembered of it.
+    /// Whether the exit is the client's as it is, as nearly all are. If not, nothing has happened.
     pub(crate) fn has_left(&self) -> bool {
-        !self.run_area().may_be_of_memory() && !self.emulating.exists()
+        let run = self.run_area();
+        let emulated = run.mmio().map(|mmio| (Gfn::of_gpa(mmio.gpa), Emulated::of(&mmio)));
+        let is_the_clients = match emulated {
+            Some((gfn, emulated)) => !emulated.ends_a_page() && !self.vm.may_be_memory(gfn),
+            None => !run.is_emulation_failure(),
+        };
+        if is_the_clients {
+            self.emulating.set(emulated.map(|(_, emulated)| emulated));
+        }
+        is_the_clients
     }
 
     /// `KVM_RUN`, whole.
@@ -175,7 +224,7 @@ impl VcpuObject {
         if let Some(mmio) = run.mmio() {
             return self.after_mmio(value, &mmio);
         }
-        self.emulating.try_put(None);
+        self.emulating.set(None);
         if run.is_emulation_failure() { self.after_failed_emulation(value) } else { Next::Return(Ok(value)) }
     }
 
@@ -196,15 +245,15 @@ impl VcpuObject {
     fn after_mmio(&self, value: i32, mmio: &Mmio) -> Next {
         // Seen without a lock, so that signals need not be blocked.
         if !self.vm.may_be_memory(Gfn::of_gpa(mmio.gpa)) {
-            self.emulating.try_put(Some(self.emulated(mmio)));
+            self.emulates(mmio);
             return Next::Return(Ok(value));
         }
         let _signals = SignalsBlocked::new();
         if self.is_device(mmio.access()) {
-            self.emulating.try_put(Some(self.emulated(mmio)));
+            self.emulates(mmio);
             return Next::Return(Ok(value));
         }
-        self.emulating.try_put(None);
+        self.emulating.set(None);
         let taken = if mmio.is_write { self.take_write() } else { self.take_read() };
         match taken {
             Err(error) => Next::Return(Err(error)),
@@ -237,23 +286,27 @@ impl VcpuObject {
             // Such an access faults, over a guard. KVM takes the frame for a device only in the middle of an instruction that
             // the client emulates anyway, or in the moment before the guard was there; and every write to a read-only slot,
             // which it does not look for the page of.
-            View::Unbacked(_) => match self.emulating.try_get() {
+            View::Unbacked(_) => match self.emulating.get() {
                 None => false,
-                Some(Emulating::Write(end, before)) if read_only() => {
-                    end == access.gpa && before.is_some() && before == vcpu::progress(self.fd.hold().as_fd()).ok()
-                }
-                Some(Emulating::Read | Emulating::Write(..)) => true,
+                Some(Emulated::Write(end)) if read_only() => end == access.gpa && self.is_where_it_was(end),
+                Some(Emulated::Read | Emulated::Write(_)) => true,
             },
         }
     }
 
-    fn emulated(&self, mmio: &Mmio) -> Emulating {
-        let end = mmio.gpa.wrapping_add(u64::from(mmio.len));
-        match mmio.is_write {
-            true if end.is_multiple_of(PAGE_SIZE) => Emulating::Write(end, vcpu::progress(self.fd.hold().as_fd()).ok()),
-            true => Emulating::Write(end, None),
-            false => Emulating::Read,
+    /// The client is to emulate this.
+    fn emulates(&self, mmio: &Mmio) {
+        let emulated = Emulated::of(mmio);
+        if emulated.ends_a_page() {
+            self.emulating.before.try_put(vcpu::progress(self.fd.hold().as_fd()).ok());
         }
+        self.emulating.set(Some(emulated));
+    }
+
+    /// Whether the vCPU is at the instruction that wrote up to `end`.
+    fn is_where_it_was(&self, end: u64) -> bool {
+        let before = self.emulating.before.try_get().filter(|_| Emulated::Write(end).ends_a_page());
+        before.is_some() && before == vcpu::progress(self.fd.hold().as_fd()).ok()
     }
 
     fn take_read(&self) -> Result<(), Errno> {

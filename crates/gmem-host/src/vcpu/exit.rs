@@ -78,12 +78,6 @@ impl RunArea {
         })
     }
 
-    /// Whether an access to memory can be behind the exit; only meaningful after `KVM_RUN` returned 0.
-    #[must_use]
-    pub fn may_be_of_memory(&self) -> bool {
-        matches!(self.get::<u32>(offset::EXIT_REASON), KVM_EXIT_MMIO | KVM_EXIT_INTERNAL_ERROR)
-    }
-
     /// Makes the exit `KVM_EXIT_MMIO` for a write of at most 8 bytes.
     pub fn set_mmio_write(&self, gpa: u64, bytes: &[u8]) {
         let mut data = [0u8; 8];
