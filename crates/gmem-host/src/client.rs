@@ -202,8 +202,7 @@ impl ClientMemory {
             return Err(Errno::OPNOTSUPP);
         }
         let wiped = flags.has("wf");
-        let was = area.into();
-        let moved = self.room_after(start, len, (was, wiped)).map_or_else(|| Moved::new(area, wiped), Ok)?;
+        let moved = self.room_after(start, len, (area.into(), wiped)).map_or_else(|| Moved::new(area, wiped), Ok)?;
         let (backing, offset) = (&moved.backing, moved.offset);
         if !copy_contents(area, backing, offset)? {
             return Ok(());

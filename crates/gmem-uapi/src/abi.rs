@@ -27,6 +27,10 @@ pub(crate) const VFS_IOCTLS: [u32; 5] = [0x2, 0x5421, 0x5450, 0x5451, 0x5452];
 /// The same for regular files, which newer kernels take a guest_memfd for none of: FIONREAD, FIOQSIZE.
 pub(crate) const SIZE_IOCTLS: [u32; 2] = [0x541b, 0x5460];
 
+/// Calls that change which mappings a userfaultfd has a part in (`include/uapi/linux/userfaultfd.h`): UFFDIO_REGISTER,
+/// UFFDIO_UNREGISTER.
+pub(crate) const REGISTRATIONS: [u32; 2] = [0xc020_aa00, 0x8010_aa01];
+
 /// Whether `request` is one of KVM's (type byte 0xae).
 #[must_use]
 pub fn is_kvm(request: u32) -> bool {

@@ -236,10 +236,10 @@ impl Process {
         request == abi::RUN && arg == 0
     }
 
-    /// Whether an `ioctl` changes which mappings a userfaultfd has a part in: UFFDIO_REGISTER, UFFDIO_UNREGISTER.
+    /// Whether an `ioctl` changes which mappings a userfaultfd has a part in.
     #[must_use]
     pub fn is_registration(request: u32) -> bool {
-        matches!(request, 0xc020_aa00 | 0x8010_aa01)
+        abi::REGISTRATIONS.contains(&request)
     }
 
     /// Whether gmem may have something to say to an `ioctl`; most pass at the cost of this.
