@@ -24,6 +24,10 @@ const BRANCHES: usize = 1 << (31 - 2 * SHIFT);
 /// How often a change looks whether look-ups are still under way: longer than they take, if they are not interrupted.
 const PATIENCE: u32 = 1000;
 
+/// What is looked for by SeqCst is taken back by Release. Only Miri lets a SeqCst load pass over the last SeqCst store and find an older
+/// Release store, which the memory model forbids.
+const RELEASE: Ordering = if cfg!(miri) { Ordering::SeqCst } else { Ordering::Release };
+
 type Leaf<T> = [AtomicPtr<T>; FAN_OUT];
 type Branch<T> = [OnceBox<Leaf<T>>; FAN_OUT];
 
@@ -103,7 +107,7 @@ impl<T> Table<T> {
             }
         });
         // Release: who sees no readers also sees what they counted.
-        readers.fetch_sub(1, Ordering::Release);
+        readers.fetch_sub(1, RELEASE);
         entry
     }
 

@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, Ordering, c
 
 use once_cell::race::OnceBox;
 
-use super::Table;
+use super::{RELEASE, Table};
 
 /// What a thread says that it uses, for those who would give it up. In a cache line of its own, and the one that is fetched with it.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ impl<T> Hazard<T> {
 
     fn give_up(&self) {
         // Release: who finds nothing here is after all that was done with it.
-        self.entry.store(null_mut(), Ordering::Release);
+        self.entry.store(null_mut(), RELEASE);
         self.is_taken.store(false, Ordering::Release);
     }
 }
@@ -182,7 +182,7 @@ impl<T> Pin<'_, T> {
 
     fn unpin(&self) {
         // Release: who finds it unpinned is after all that was done with it.
-        self.hazard.entry.store(null_mut(), Ordering::Release);
+        self.hazard.entry.store(null_mut(), RELEASE);
     }
 }
 
