@@ -4,7 +4,8 @@
 //! ends the process if that meets a frame that catches, or one that has something to drop but not at the instruction where
 //! an asynchronous cancellation came. So frames with anything to catch or drop are entered by [`own`] only, in which no thread
 //! is cancelled. All others, the exported functions first, have nothing but values that are `Copy`; what a compiler leaves there of
-//! closures all the same goes by optimisation, which every profile has here.
+//! closures all the same goes by optimisation, which every profile has here. Nor do they have what checks itself in a debug build
+//! and then ends in a frame that does not unwind: loops over slices, volatile accesses.
 
 use std::ffi::c_int;
 use std::panic::{AssertUnwindSafe, catch_unwind};

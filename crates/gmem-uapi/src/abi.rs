@@ -27,9 +27,12 @@ pub(crate) const VFS_IOCTLS: [u32; 5] = [0x2, 0x5421, 0x5450, 0x5451, 0x5452];
 /// The same for regular files, which newer kernels take a guest_memfd for none of: FIONREAD, FIOQSIZE.
 pub(crate) const SIZE_IOCTLS: [u32; 2] = [0x541b, 0x5460];
 
-/// Calls that change which mappings a userfaultfd has a part in (`include/uapi/linux/userfaultfd.h`): UFFDIO_REGISTER,
-/// UFFDIO_UNREGISTER.
-pub(crate) const REGISTRATIONS: [u32; 2] = [0xc020_aa00, 0x8010_aa01];
+/// Whether a call changes which mappings a userfaultfd has a part in (`include/uapi/linux/userfaultfd.h`): UFFDIO_REGISTER,
+/// UFFDIO_UNREGISTER. Like [`may_concern_kvm`] without a loop: a thread may be cancelled here, and must not be in a frame of the
+/// library's.
+pub(crate) fn is_registration(request: u32) -> bool {
+    matches!(request, 0xc020_aa00 | 0x8010_aa01)
+}
 
 /// Whether `request` is one of KVM's (type byte 0xae).
 #[must_use]
@@ -37,23 +40,26 @@ pub fn is_kvm(request: u32) -> bool {
     request >> 8 & 0xff == 0xae
 }
 
-/// Those of KVM's that gmem may have something to say to. All others reach the real KVM: on the file that stands for a guest_memfd
-/// they fail with ENOTTY, as they do on one.
-pub(crate) const KVM_IOCTLS: [u32; 13] = [
-    CREATE_VM,
-    CHECK_EXTENSION,
-    CREATE_VCPU,
-    ENABLE_CAP,
-    SET_USER_MEMORY_REGION,
-    SET_USER_MEMORY_REGION2,
-    SET_MEMORY_ATTRIBUTES,
-    CREATE_GUEST_MEMFD,
-    RUN,
-    SET_REGS,
-    SET_SREGS,
-    SET_SREGS2,
-    PRE_FAULT_MEMORY,
-];
+/// Whether a call of KVM's is one that gmem may have something to say to. All others reach the real KVM: on the file that stands
+/// for a guest_memfd they fail with ENOTTY, as they do on one.
+pub(crate) fn may_concern_kvm(request: u32) -> bool {
+    matches!(
+        request,
+        CREATE_VM
+            | CHECK_EXTENSION
+            | CREATE_VCPU
+            | ENABLE_CAP
+            | SET_USER_MEMORY_REGION
+            | SET_USER_MEMORY_REGION2
+            | SET_MEMORY_ATTRIBUTES
+            | CREATE_GUEST_MEMFD
+            | RUN
+            | SET_REGS
+            | SET_SREGS
+            | SET_SREGS2
+            | PRE_FAULT_MEMORY
+    )
+}
 
 /// Capabilities that gmem answers itself.
 pub mod cap {

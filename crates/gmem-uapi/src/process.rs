@@ -122,9 +122,9 @@ impl Running {
     #[inline]
     #[must_use]
     pub fn leave(self, pin: &Pin<'_, Entry>) -> bool {
-        let end = pin.look(self.held, |entry| match entry.vcpu().is_some_and(VcpuObject::has_left) {
-            true if !pin.table().has_retired() => ControlFlow::Break(()),
-            _ => ControlFlow::Continue(()),
+        let end = pin.look(self.held, |entry| {
+            let is_done = !pin.table().has_retired() && entry.vcpu().is_some_and(VcpuObject::has_left);
+            if is_done { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
         matches!(end, Some(ControlFlow::Break(())))
     }
@@ -239,13 +239,13 @@ impl Process {
     /// Whether an `ioctl` changes which mappings a userfaultfd has a part in.
     #[must_use]
     pub fn is_registration(request: u32) -> bool {
-        abi::REGISTRATIONS.contains(&request)
+        abi::is_registration(request)
     }
 
     /// Whether gmem may have something to say to an `ioctl`; most pass at the cost of this.
     #[must_use]
     pub fn may_concern(&self, fd: i32, request: u32) -> bool {
-        if abi::is_kvm(request) { abi::KVM_IOCTLS.contains(&request) } else { self.knows(fd) }
+        if abi::is_kvm(request) { abi::may_concern_kvm(request) } else { self.knows(fd) }
     }
 
     /// `KVM_RUN`, whole.

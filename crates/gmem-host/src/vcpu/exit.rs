@@ -1,6 +1,7 @@
 //! Exits of a KVM that emulated the access, and taking them back.
 
 use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
@@ -44,6 +45,40 @@ pub struct RunArea(NonNull<u8>);
 // contract of `RunArea::new`, which binds all copies on any thread.
 unsafe impl Send for RunArea {}
 
+/// An integer of `struct kvm_run`. Atomic, because the kernel and the client write it too; and a thread may be cancelled in an atomic
+/// access, in which nothing is checked.
+trait Field: Copy {
+    /// # Safety
+    /// `at` must be aligned for an atomic of this size, and live.
+    unsafe fn load(at: NonNull<u8>) -> Self;
+
+    /// # Safety
+    /// As [`Field::load`].
+    unsafe fn store(self, at: NonNull<u8>);
+}
+
+macro_rules! fields {
+    ($($field:ty: $atomic:ty),*) => {
+        $(
+            impl Field for $field {
+                #[inline]
+                unsafe fn load(at: NonNull<u8>) -> Self {
+                    // SAFETY: of the caller.
+                    unsafe { <$atomic>::from_ptr(at.cast().as_ptr()) }.load(Ordering::Relaxed)
+                }
+
+                #[inline]
+                unsafe fn store(self, at: NonNull<u8>) {
+                    // SAFETY: of the caller.
+                    unsafe { <$atomic>::from_ptr(at.cast().as_ptr()) }.store(self, Ordering::Relaxed);
+                }
+            }
+        )*
+    };
+}
+
+fields!(u8: AtomicU8, u32: AtomicU32, u64: AtomicU64);
+
 impl RunArea {
     /// Names the mapping at `run`.
     ///
@@ -56,15 +91,15 @@ impl RunArea {
         Self(run)
     }
 
-    fn get<T: Copy>(self, offset: usize) -> T {
+    fn get<T: Field>(self, offset: usize) -> T {
         // SAFETY: the mapping is page aligned, live and at least a page long (contract of `new`); each offset above is
-        // that of a naturally aligned integer field within the first 304 bytes, for which any bits are valid.
-        unsafe { self.0.add(offset).cast::<T>().read_volatile() }
+        // that of a naturally aligned integer field within the first 304 bytes.
+        unsafe { T::load(self.0.add(offset)) }
     }
 
-    fn set<T: Copy>(self, offset: usize, value: T) {
+    fn set<T: Field>(self, offset: usize, value: T) {
         // SAFETY: as in `get`.
-        unsafe { self.0.add(offset).cast::<T>().write_volatile(value) }
+        unsafe { value.store(self.0.add(offset)) }
     }
 
     /// The exit's address, data and direction if it is `KVM_EXIT_MMIO`; only meaningful after `KVM_RUN` returned 0.
@@ -72,7 +107,7 @@ impl RunArea {
     pub fn mmio(&self) -> Option<Mmio> {
         (self.get::<u32>(offset::EXIT_REASON) == KVM_EXIT_MMIO).then(|| Mmio {
             gpa: self.get(offset::MMIO_ADDRESS),
-            data: self.get(offset::MMIO_DATA),
+            data: self.get::<u64>(offset::MMIO_DATA).to_ne_bytes(),
             len: self.get::<u32>(offset::MMIO_LEN).min(8),
             is_write: self.get::<u8>(offset::MMIO_IS_WRITE) != 0,
         })
@@ -87,7 +122,7 @@ impl RunArea {
         }
         self.set(offset::EXIT_REASON, KVM_EXIT_MMIO);
         self.set(offset::MMIO_ADDRESS, gpa);
-        self.set(offset::MMIO_DATA, data);
+        self.set(offset::MMIO_DATA, u64::from_ne_bytes(data));
         self.set(offset::MMIO_LEN, u32::try_from(len).unwrap_or(8));
         self.set(offset::MMIO_IS_WRITE, 1u8);
     }
@@ -223,7 +258,7 @@ pub fn put_back_read(vcpu: BorrowedFd<'_>, run: RunArea) -> Result<(), Errno> {
     let before = Checkpoint::take(vcpu)?;
     let completion = Completion::begin(run);
     for _ in 0..MOST_EXITS {
-        run.set(offset::MMIO_DATA, [0u8; 8]);
+        run.set(offset::MMIO_DATA, 0u64);
         // Whatever ends the instruction, an error included, the registers go back.
         if !matches!(completion.step(vcpu), Ok(true)) {
             break;
