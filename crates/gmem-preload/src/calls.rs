@@ -218,13 +218,14 @@ export! {
 
     fn madvise(address: usize, len: size_t, advice: c_int) -> c_int {
         let result = answer(|process| process.advice(address, len, advice), || real::madvise(address, len, advice));
-        if result == 0 && matches!(advice, libc::MADV_DONTNEED | libc::MADV_DONTNEED_LOCKED) {
-            tell(|process| { let _ = process.advise_dontneed(address, len); });
-        }
         match advice {
-            libc::MADV_DONTFORK..=libc::MADV_KEEPONFORK => flags_changed(result),
-            _ => result,
+            libc::MADV_DONTNEED | libc::MADV_DONTNEED_LOCKED if result == 0 => {
+                tell(|process| { let _ = process.advise_dontneed(address, len); });
+            }
+            libc::MADV_DONTFORK..=libc::MADV_KEEPONFORK => tell(Process::flags_changed),
+            _ => {}
         }
+        result
     }
 
     fn mlock(address: usize, len: size_t) -> c_int {

@@ -58,15 +58,20 @@ fn enter(running: Running) -> Result<c_int, Errno> {
 /// A thread's first `KVM_RUN`, or one while it ends.
 #[cold]
 fn run_first(fd: c_int) -> Answer<c_int> {
-    own((), || set_up(fd));
+    let Some(process) = whose(fd) else { return Answer::Pass };
+    own((), || set_up(process));
     with_pin(|pin| match pin {
-        Some(pin) => run_rarely(pin, fd),
-        None => own(Answer::Done(Err(Errno::IO)), || process().map_or(Answer::Pass, |process| process.run(fd))),
+        Some(pin) => begin(process, pin, fd),
+        None => own(Answer::Done(Err(Errno::IO)), || process.run(fd)),
     })
 }
 
-fn set_up(fd: c_int) {
-    let Some(process) = process().filter(|process| process.knows(fd)) else { return };
+/// The process, if `fd` is one of gmem's.
+fn whose(fd: c_int) -> Option<&'static Process> {
+    process().filter(|process| process.knows(fd))
+}
+
+fn set_up(process: &'static Process) {
     // No handler makes another.
     let _signals = SignalsBlocked::new();
     if END.try_with(|_| ()).is_ok() {
@@ -79,10 +84,11 @@ fn set_up(fd: c_int) {
 /// What may be none of gmem's, or not come to the real call.
 #[cold]
 fn run_rarely(pin: &Pin<'static, Entry>, fd: c_int) -> Answer<c_int> {
-    match process() {
-        Some(process) if process.knows(fd) => go_on_from(process, pin, own(PANICKED, || process.before_run(pin, fd))),
-        _ => Answer::Pass,
-    }
+    whose(fd).map_or(Answer::Pass, |process| begin(process, pin, fd))
+}
+
+fn begin(process: &Process, pin: &Pin<'static, Entry>, fd: c_int) -> Answer<c_int> {
+    go_on_from(process, pin, own(PANICKED, || process.before_run(pin, fd)))
 }
 
 #[cold]

@@ -7,6 +7,8 @@
 use std::ffi::c_int;
 use std::sync::OnceLock;
 
+use gmem_host::maps::Maps;
+
 /// `struct sock_filter`
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -99,7 +101,7 @@ fn own_text() -> Option<(u64, u64)> {
     static TEXT: OnceLock<Option<(u64, u64)>> = OnceLock::new();
     *TEXT.get_or_init(|| {
         let here = (own_text as fn() -> _) as usize;
-        let (start, end) = gmem_host::maps::area_around(here)?;
+        let (start, end) = Maps::now().ok()?.around(here).ok()??;
         (start >> 32 == (end - 1) >> 32).then_some((start as u64, end as u64))
     })
 }

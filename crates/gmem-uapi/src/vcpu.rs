@@ -220,12 +220,14 @@ impl VcpuObject {
     /// The host's KVM emulated something; where that was an access to a frame that the guest has, or that must fault, it is
     /// not the client's to emulate.
     fn after_exit(&self, value: i32) -> Next {
-        let run = self.run_area();
-        if let Some(mmio) = run.mmio() {
+        if self.has_left() {
+            return Next::Return(Ok(value));
+        }
+        if let Some(mmio) = self.run_area().mmio() {
             return self.after_mmio(value, &mmio);
         }
         self.emulating.set(None);
-        if run.is_emulation_failure() { self.after_failed_emulation(value) } else { Next::Return(Ok(value)) }
+        self.after_failed_emulation(value)
     }
 
     /// A host that emulates cannot fetch an instruction that nothing backs. Any other failure is the client's.

@@ -226,14 +226,6 @@ pub fn user_address_end() -> u64 {
     if five { FIVE_LEVELS - PAGE } else { FOUR_LEVELS - PAGE }
 }
 
-/// The whole mapped area that holds `address`.
-#[must_use]
-pub fn area_around(address: usize) -> Option<(usize, usize)> {
-    let text = read_all("/proc/self/maps").ok()?;
-    let (area, _) = lines(&text).find(|(area, _)| area.start <= address && address < area.end)?;
-    Some((area.start, area.end))
-}
-
 /// What the kernel keeps about a mapping beside its protection, as `VmFlags` of `/proc/self/smaps` has it.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct VmFlags(String);
@@ -314,10 +306,6 @@ fn parse(line: &str) -> Option<(Area, &str)> {
 
 fn open(path: &str) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-}
-
-pub(crate) fn read_all(path: &str) -> Result<Vec<u8>, Errno> {
-    read_to_end(&open(path)?)
 }
 
 fn read_to_end(file: &OwnedFd) -> Result<Vec<u8>, Errno> {

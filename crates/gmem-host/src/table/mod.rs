@@ -94,12 +94,12 @@ impl<T> Table<T> {
             return None;
         }
         let readers = self.readers();
-        // SeqCst here and for the entry, as in `change`: either this look-up sees the entry that a change has put in, or the
+        // SeqCst here and for the entry, as in `swap`: either this look-up sees the entry that a change has put in, or the
         // change sees this look-up.
         readers.fetch_add(1, Ordering::SeqCst);
         let entry = place.load(Ordering::SeqCst).cast_const();
         let entry = (!entry.is_null()).then(|| {
-            // SAFETY: the pointer comes from `Arc::into_raw` in `change`. Whoever takes it out of the table keeps its
+            // SAFETY: the pointer comes from `Arc::into_raw` in `swap`. Whoever takes it out of the table keeps its
             // reference until `readers` was seen to be 0 after that, hence until this one is counted.
             unsafe {
                 Arc::increment_strong_count(entry);

@@ -24,9 +24,13 @@ impl<T> Hazard<T> {
         Self { entry: AtomicPtr::new(null_mut()), is_taken: AtomicBool::new(true), next: OnceBox::new() }
     }
 
-    fn give_up(&self) {
+    fn unpin(&self) {
         // Release: who finds nothing here is after all that was done with it.
         self.entry.store(null_mut(), RELEASE);
+    }
+
+    fn give_up(&self) {
+        self.unpin();
         self.is_taken.store(false, Ordering::Release);
     }
 }
@@ -103,7 +107,7 @@ impl<T> Pin<'_, T> {
             self.count.store(count, Ordering::Relaxed);
             let found = self.pin(fd).and_then(look);
             if found.is_none() {
-                self.unpin();
+                self.hazard.unpin();
             }
             found.map(|found| (Held(count), found))
         })
@@ -120,7 +124,7 @@ impl<T> Pin<'_, T> {
             // SAFETY: pinned by this thread in `pin`, and not unpinned since; `exclusively` keeps handlers from that.
             let next = look(unsafe { &*entry });
             if next.is_break() {
-                self.unpin();
+                self.hazard.unpin();
             }
             Some(next)
         })
@@ -167,7 +171,7 @@ impl<T> Pin<'_, T> {
             if entry.is_null() {
                 return None;
             }
-            // SeqCst here and for the entry, as in `change` and `is_pinned`: either this sees what a change has put in, or the
+            // SeqCst here and for the entry, as in `swap` and `is_pinned`: either this sees what a change has put in, or the
             // change sees what is pinned.
             self.hazard.entry.store(entry, Ordering::SeqCst);
             let now = place.load(Ordering::SeqCst);
@@ -178,11 +182,6 @@ impl<T> Pin<'_, T> {
             }
             entry = now;
         }
-    }
-
-    fn unpin(&self) {
-        // Release: who finds it unpinned is after all that was done with it.
-        self.hazard.entry.store(null_mut(), RELEASE);
     }
 }
 
